@@ -1,0 +1,16 @@
+"""fastvq: vector quantisation for PyTorch; the exact nearest code, fast, without an N x K matrix."""
+
+from fastvq.backends.select import BackendUnavailableError, use_backend
+from fastvq.functional import code_sums, ema_update_, residual_quantize, search, vector_quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "code_sums",
+    "ema_update_",
+    "residual_quantize",
+    "search",
+    "use_backend",
+    "vector_quantize",
+]

@@ -1,0 +1,112 @@
+"""Which backend serves a call: the argument, then `use_backend`, then FASTVQ_BACKEND, then what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+_chosen: ContextVar[str | None] = ContextVar("fastvq_backend", default=None)
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for by name cannot serve here; the message says what is missing."""
+
+
+def check_name(name: object, source: str = "backend") -> str:
+    """`name`, if it is a backend's; else a TypeError or ValueError that says where the name came from."""
+    if not isinstance(name, str):
+        raise TypeError(f"{source} must be a string, one of {', '.join(BACKENDS)}; got {type(name).__name__}")
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every fastvq call inside the block with backend `name`, unless the call names its own.
+
+    Args:
+        name: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: `name` is no backend.
+        TypeError: `name` is no string.
+    """
+    token = _chosen.set(check_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested(backend: str | None = None) -> str:
+    """The name asked for by the call, the context or the environment; "auto" when none is."""
+    if backend is not None:
+        return check_name(backend)
+    from_context = _chosen.get()
+    if from_context is not None:
+        return from_context
+    return check_name(os.environ.get("FASTVQ_BACKEND") or "auto", "FASTVQ_BACKEND")
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """Why backend `name` cannot serve in this process, or None when it can."""
+    if name == "reference":
+        return None
+    return importlib.import_module(f"fastvq.backends.{name}").missing()
+
+
+@functools.cache
+def _warn_slow(device_type: str, why: str) -> None:
+    warnings.warn(
+        f"fastvq: the slow reference backend serves {device_type} tensors ({why}); results are the same, "
+        "only slower. `python -m fastvq.info` tells more.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+def automatic(device_type: str) -> tuple[str, str | None]:
+    """The backend that "auto" means for a device, and, where that is the slow reference, why."""
+    reasons = []
+    for name in _CANDIDATES.get(device_type, ()):
+        why = missing(name)
+        if why is None:
+            return name, None
+        reasons.append(why)
+    return "reference", "; ".join(reasons) or f"fastvq has no kernels for {device_type} devices"
+
+
+def backend_for(backend: str | None, device: torch.device) -> ModuleType:
+    """The module that computes a call on `device`.
+
+    Raises:
+        ValueError: the backend does not serve this kind of device.
+        BackendUnavailableError: the backend was asked for by name and cannot serve in this process.
+    """
+    name = requested(backend)
+    if name == "auto":
+        name, why = automatic(device.type)
+        if why is not None:
+            _warn_slow(device.type, why)
+    else:
+        why = missing(name)
+        if why is not None:
+            raise BackendUnavailableError(f"backend {name!r} is not available: {why}")
+        if name != "reference" and name not in _CANDIDATES.get(device.type, ()):
+            raise ValueError(f"backend {name!r} does not serve tensors on {device.type}")
+    return importlib.import_module(f"fastvq.backends.{name}")

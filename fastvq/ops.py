@@ -1,0 +1,331 @@
+"""Each operator declared once: schema, argument checks, fake function, dispatch, gradient.
+
+The operators take tensors as the user has them, any leading shape and any strides; a backend receives exactly the
+arguments of the schema less the last one, which names the backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import select
+from fastvq.backends.reference import working_dtype
+
+METRICS = ("euclidean", "cosine", "dot")
+PRECISIONS = ("exact", "fast")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_lib = torch.library.Library("fastvq", "DEF")
+
+# ---- argument checks --------------------------------------------------------------------------------------------
+
+
+def _shape(t: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in t.shape) + ("," if t.dim() == 1 else "") + ")"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
+
+
+def _check_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {t.device}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_shape(name: str, t: Tensor, want: torch.Size | tuple[int, ...], why: str) -> None:
+    if tuple(t.shape) != tuple(want):
+        raise ValueError(f"{name} must have shape {tuple(want)}, {why}; got {_shape(t)}")
+
+
+def _check_rows_and_codebook(x: Tensor, codebook: Tensor, name: str, dims: tuple[int, int], layout: str) -> None:
+    """x (..., D) against codebook (..., K, D); `dims` without and with the leading heads."""
+    _check_float("x", x)
+    _check_float(name, codebook)
+    _check_device(name, codebook, "x", x)
+    if codebook.dim() not in dims:
+        raise ValueError(f"{name} must have shape {layout}; got {_shape(codebook)}")
+    if x.dim() == 0:
+        raise ValueError(f"x must have shape (..., D) with D = {codebook.shape[-1]}; got a tensor without dimensions")
+    if codebook.shape[-2] == 0:
+        raise ValueError(f"{name} must hold at least one code; got shape {_shape(codebook)}, so K = 0")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (..., D) with D at least 1; got {_shape(x)}")
+    if x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"x must have D = {codebook.shape[-1]} in its last dimension, as {name} {_shape(codebook)} has; "
+            f"got {_shape(x)}"
+        )
+    if codebook.dim() == dims[1] and (x.dim() < 2 or x.shape[0] != codebook.shape[0]):
+        raise ValueError(
+            f"x must have shape (H, ..., D) with H = {codebook.shape[0]}, as {name} {_shape(codebook)} has a codebook "
+            f"a head; got {_shape(x)}"
+        )
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool; got {mask.dtype}")
+    _check_shape("mask", mask, x.shape[:-1], "that of x without its last dimension")
+    _check_device("mask", mask, "x", x)
+
+
+def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
+    _check_rows_and_codebook(x, codebook, "codebook", (2, 3), "(K, D) or (H, K, D)")
+    _check_choice("metric", metric, METRICS)
+
+
+def _check_code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> None:
+    _check_float("x", x)
+    if x.dim() < (2 if per_head else 1) or x.shape[-1] == 0:
+        layout = "(H, ..., D)" if per_head else "(..., D)"
+        raise ValueError(f"x must have shape {layout} with D at least 1; got {_shape(x)}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64; got {indices.dtype}")
+    _check_shape("indices", indices, x.shape[:-1], "that of x without its last dimension")
+    _check_device("indices", indices, "x", x)
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size must be at least 1; got {codebook_size}")
+    _check_mask(mask, x)
+
+
+def _check_ema(
+    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+) -> None:
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook must have shape (K, D) or (H, K, D); got {_shape(codebook)}")
+    if codebook.shape[-2] == 0:
+        raise ValueError(f"codebook must hold at least one code; got shape {_shape(codebook)}, so K = 0")
+    wants = {
+        "codebook": (codebook, codebook.shape),
+        "cluster_size": (cluster_size, codebook.shape[:-1]),
+        "embed_avg": (embed_avg, codebook.shape),
+        "counts": (counts, codebook.shape[:-1]),
+        "sums": (sums, codebook.shape),
+    }
+    for name, (tensor, want) in wants.items():
+        _check_float(name, tensor)
+        _check_shape(name, tensor, want, f"to go with codebook {_shape(codebook)}")
+        _check_device(name, tensor, "codebook", codebook)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay must be from 0 to 1; got {decay}")
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0; got {eps}")
+
+
+def _check_residual(x: Tensor, codebooks: Tensor, metric: str) -> None:
+    _check_rows_and_codebook(x, codebooks, "codebooks", (3, 4), "(Q, K, D) or (H, Q, K, D)")
+    if codebooks.shape[-3] == 0:
+        raise ValueError(f"codebooks must hold at least one stage; got shape {_shape(codebooks)}, so Q = 0")
+    _check_choice("metric", metric, METRICS)
+
+
+# ---- declaration ------------------------------------------------------------------------------------------------
+
+
+def _declare(schema: str, check: Any, fake: Any) -> None:
+    """Define one operator: `check` runs before every call, traced or real; `fake` gives the outputs' shapes."""
+    name = schema[: schema.index("(")]
+    _lib.define(schema)
+
+    def run(*args: Any) -> Any:
+        *arguments, backend = args
+        check(*arguments)
+        return getattr(select.backend_for(backend, arguments[0].device), name)(*arguments)
+
+    def trace(*args: Any) -> Any:
+        *arguments, backend = args
+        select.requested(backend)
+        check(*arguments)
+        return fake(*arguments)
+
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastvq::{name}", trace, lib=_lib)
+
+
+# search -----------------------------------------------------------------------------------------------------------
+
+
+def _check_search_call(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> None:
+    _check_search(x, codebook, metric)
+    _check_choice("precision", precision, PRECISIONS)
+
+
+def _search_fake(
+    x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    distances = x.new_empty(x.shape[:-1] if return_distance else (0,), dtype=working_dtype(x, codebook))
+    return indices, distances
+
+
+_declare(
+    "search(Tensor x, Tensor codebook, str metric, bool return_distance, str precision, str? backend)"
+    " -> (Tensor, Tensor)",
+    _check_search_call,
+    _search_fake,
+)
+
+# vector_quantize --------------------------------------------------------------------------------------------------
+
+
+def _check_vector_quantize(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> None:
+    _check_search(x, codebook, metric)
+    _check_mask(mask, x)
+
+
+def _vector_quantize_fake(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[:-1], dtype=torch.int64),
+        x.new_empty((), dtype=working_dtype(x, codebook)),
+    )
+
+
+_declare(
+    "vector_quantize(Tensor x, Tensor codebook, str metric, float commitment_weight, float codebook_weight,"
+    " Tensor? mask, str? backend) -> (Tensor, Tensor, Tensor)",
+    _check_vector_quantize,
+    _vector_quantize_fake,
+)
+
+
+def _check_nothing(*arguments: Any) -> None:
+    """The backward operators are called by autograd alone, with what the forward one has checked."""
+
+
+def _vector_quantize_backward_fake(
+    grad_quantized: Tensor, grad_loss: Tensor, x: Tensor, codebook: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), codebook.new_empty(codebook.shape)
+
+
+_declare(
+    "vector_quantize_backward(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices,"
+    " Tensor? mask, float commitment_weight, float codebook_weight, str? backend) -> (Tensor, Tensor)",
+    _check_nothing,
+    _vector_quantize_backward_fake,
+)
+
+
+def _vector_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, codebook, _, ctx.commitment_weight, ctx.codebook_weight, mask, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, codebook, output[1], mask)
+
+
+def _vector_quantize_grad(ctx: Any, grad_quantized: Tensor, _: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    x, codebook, indices, mask = ctx.saved_tensors
+    grad_x, grad_codebook = torch.ops.fastvq.vector_quantize_backward(
+        grad_quantized, grad_loss, x, codebook, indices, mask, ctx.commitment_weight, ctx.codebook_weight, ctx.backend
+    )
+    return grad_x, grad_codebook, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastvq::vector_quantize", _vector_quantize_grad, setup_context=_vector_quantize_setup, lib=_lib
+)
+
+# code_sums --------------------------------------------------------------------------------------------------------
+
+
+def _code_sums_fake(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    heads = tuple(x.shape[:1]) if per_head else ()
+    dtype = working_dtype(x)
+    return (
+        x.new_empty((*heads, codebook_size), dtype=dtype),
+        x.new_empty((*heads, codebook_size, x.shape[-1]), dtype=dtype),
+    )
+
+
+_declare(
+    "code_sums(Tensor x, Tensor indices, int codebook_size, Tensor? mask, bool per_head, str? backend)"
+    " -> (Tensor, Tensor)",
+    _check_code_sums,
+    _code_sums_fake,
+)
+
+# ema_update_ ------------------------------------------------------------------------------------------------------
+
+_declare(
+    "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_avg, Tensor counts, Tensor sums,"
+    " float decay, float eps, str? backend) -> ()",
+    _check_ema,
+    lambda *arguments: None,
+)
+
+# residual_quantize ------------------------------------------------------------------------------------------------
+
+
+def _residual_quantize_fake(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    stages = codebooks.shape[-3]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((*x.shape[:-1], stages), dtype=torch.int64),
+        x.new_empty((stages,), dtype=working_dtype(x, codebooks)),
+    )
+
+
+_declare(
+    "residual_quantize(Tensor x, Tensor codebooks, str metric, str? backend) -> (Tensor, Tensor, Tensor)",
+    _check_residual,
+    _residual_quantize_fake,
+)
+
+
+def _residual_quantize_backward_fake(
+    grad_quantized: Tensor, grad_losses: Tensor, x: Tensor, codebooks: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), codebooks.new_empty(codebooks.shape)
+
+
+_declare(
+    "residual_quantize_backward(Tensor grad_quantized, Tensor grad_losses, Tensor x, Tensor codebooks,"
+    " Tensor indices, str? backend) -> (Tensor, Tensor)",
+    _check_nothing,
+    _residual_quantize_backward_fake,
+)
+
+
+def _residual_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, codebooks, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, codebooks, output[1])
+
+
+def _residual_quantize_grad(ctx: Any, grad_quantized: Tensor, _: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    x, codebooks, indices = ctx.saved_tensors
+    grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
+        grad_quantized, grad_losses, x, codebooks, indices, ctx.backend
+    )
+    return grad_x, grad_codebooks, None, None
+
+
+torch.library.register_autograd(
+    "fastvq::residual_quantize", _residual_quantize_grad, setup_context=_residual_quantize_setup, lib=_lib
+)

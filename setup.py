@@ -1,0 +1,178 @@
+"""Builds the C++ and CUDA extensions with pybind11 and ninja; never imports torch, so one build serves every torch.
+
+Environment: CXX names the compiler; FASTVQ_CPU=0 or FASTVQ_CUDA=0 leaves an extension out, FASTVQ_CPU=1 or
+FASTVQ_CUDA=1 makes its failure fatal. Unset, an extension that cannot be built is left out with a warning: the
+package works without.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+# A source is compiled for the instruction set its name ends in; any other file for the machine's baseline.
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
+    "avx512vnni": [
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"],
+        "-mprefer-vector-width=512",
+    ],
+}
+# No contraction: the contract rounds each operation on its own, and the screen asks for its FMAs by name.
+CPU_FLAGS = [
+    *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"],
+    *["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"],
+]
+CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+
+
+def cpu_compiler() -> str:
+    """The C++ compiler: CXX, or the first that is there."""
+    candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    for name in candidates:
+        if name and shutil.which(name.split()[0]):
+            return name
+    raise RuntimeError("no C++ compiler found (looked for CXX, c++, g++, clang++)")
+
+
+def cuda_compiler() -> str:
+    """nvcc: from CUDA_HOME, or the PATH."""
+    for name in (str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"), "nvcc"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise RuntimeError("no nvcc found (looked in CUDA_HOME and on the PATH)")
+
+
+def accepts(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler takes the flags, as an x86 one takes -mavx2 and an Arm one does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int main() { return 0; }\n")
+        command = [*compiler.split(), *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def python_includes() -> list[str]:
+    """Include flags of Python and pybind11."""
+    import pybind11
+
+    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+
+
+class NinjaFile:
+    """One build.ninja: a rule a language, a link step an extension."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines = ["ninja_required_version = 1.5"]
+
+    def rule(self, name: str, command: str, **settings: str) -> None:
+        """Declare how a kind of file is made."""
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        self.lines += [f"  {key} = {value}" for key, value in settings.items()]
+
+    def build(self, output: Path, rule: str, inputs: list[Path], flags: list[str]) -> Path:
+        """Declare that `output` is made of `inputs`."""
+        quoted = [str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for path in [output, *inputs]]
+        self.lines += [f"build {quoted[0]}: {rule} {' '.join(quoted[1:])}", f"  flags = {' '.join(flags)}"]
+        return output
+
+    def run(self) -> None:
+        """Bring every output up to date."""
+        import ninja
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.folder)], check=True)
+
+
+def build_cpu(folder: Path, library: Path) -> None:
+    """Compile csrc/cpu, each file for its instruction set, and the bindings."""
+    compiler = cpu_compiler()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 and accepts(compiler, flags)}
+    defines = [f"-DFASTVQ_HAS_{name.upper()}" for name in sets]
+    file = NinjaFile(folder)
+    file.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    file.rule("link", f"{compiler} -shared $in -o $out $flags")
+    objects = []
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        ending = source.stem.rsplit("_", 1)[-1]
+        if ending in INSTRUCTION_SETS and ending not in sets:
+            continue
+        flags = [*CPU_FLAGS, *defines, *sets.get(ending, [])]
+        objects.append(file.build(folder / f"{source.stem}.o", "cxx", [source], flags))
+    binding = ROOT / "csrc" / "bindings" / "cpu.cpp"
+    objects.append(file.build(folder / "binding.o", "cxx", [binding], [*CPU_FLAGS, *defines, *python_includes()]))
+    system = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl", "-pthread"]
+    file.build(library, "link", objects, system)
+    file.run()
+
+
+def build_cuda(folder: Path, library: Path) -> None:
+    """Compile csrc/cuda with nvcc and the static runtime; the result imports without a driver."""
+    nvcc, compiler = cuda_compiler(), cpu_compiler()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    newest = CUDA_ARCHITECTURES[-1]
+    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    host = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+    file = NinjaFile(folder)
+    file.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    file.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    file.rule("link", f"{nvcc} -shared -cudart static $in -o $out $flags")
+    objects = [
+        file.build(folder / f"{source.stem}.o", "nvcc", [source], [*host, *targets])
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    ]
+    # pybind11 stays out of nvcc's sight: it is slow to compile there.
+    binding = ROOT / "csrc" / "bindings" / "cuda.cpp"
+    objects.append(file.build(folder / "binding.o", "cxx", [binding], [*CPU_FLAGS, *python_includes()]))
+    file.build(library, "link", objects, [])
+    file.run()
+
+
+BUILDERS = {"fastvq._cpu": ("FASTVQ_CPU", build_cpu), "fastvq._cuda": ("FASTVQ_CUDA", build_cuda)}
+
+
+class NinjaBuild(build_ext):
+    """Builds each extension by itself, so that one that cannot be built does not take the other along."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension, or leave it out."""
+        variable, builder = BUILDERS[ext.name]
+        wanted = os.environ.get(variable)
+        if wanted == "0":
+            return
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            builder(Path(self.build_temp).resolve() / ext.name, library)
+        except (RuntimeError, OSError, subprocess.CalledProcessError, ImportError) as error:
+            if wanted == "1":
+                raise
+            self.warn(f"{ext.name} is left out: {error}")
+
+
+PACKAGES = ["backends", "cli", "data", "models", "nn", "training"]
+
+setup(
+    packages=["fastvq", *[f"fastvq.{name}" for name in PACKAGES], "fastvq.kernels"],
+    package_dir={"fastvq": "fastvq", "fastvq.kernels": "kernels"},
+    package_data={"fastvq": ["py.typed"]},
+    ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
+    cmdclass={"build_ext": NinjaBuild},
+    zip_safe=False,
+)
