@@ -2,11 +2,13 @@
 
 from fastvq.backends.select import BackendUnavailableError, use_backend
 from fastvq.functional import code_sums, ema_update_, residual_quantize, search, vector_quantize
+from fastvq.nn import VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "VectorQuantize",
     "code_sums",
     "ema_update_",
     "residual_quantize",

@@ -1,0 +1,37 @@
+"""What the processes of a data-parallel job must agree on, so that every one keeps the same codebook."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def world_size() -> int:
+    """The number of processes; 1 without a process group."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def all_reduce_(tensor: Tensor) -> Tensor:
+    """`tensor`, replaced by its sum over the processes."""
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def take_turns(drawn: Tensor, served: Tensor) -> tuple[Tensor, Tensor]:
+    """The same draw on every process: code k takes what process k mod W has drawn for it.
+
+    Args:
+        drawn: (H, K, D), this process's row for each code.
+        served: (H, K) bool, whether it has one.
+
+    Returns:
+        drawn and served, agreed; a code whose process has no row for it is not served.
+    """
+    processes = world_size()
+    if processes == 1:
+        return drawn, served
+    turn = torch.arange(served.shape[1], device=served.device) % processes
+    served = served & (turn == distributed.get_rank())
+    drawn = all_reduce_(drawn.masked_fill(~served.unsqueeze(-1), 0.0))
+    return drawn, all_reduce_(served.to(drawn.dtype)) > 0

@@ -1,0 +1,64 @@
+"""The rotation trick (Fifty et al., 2024, arXiv:2410.06424): a gradient that turns as x turns to its code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-6  # the smallest norm divided by, that of vector-quantize-pytorch
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
+class _RotateGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        x, quantized = ctx.saved_tensors
+        work = torch.promote_types(x.dtype, torch.float32)
+        x, q, g = x.to(work), quantized.to(work), grad.to(work)
+        x_norm = x.norm(dim=-1, keepdim=True).clamp(min=EPS)
+        q_norm = q.norm(dim=-1, keepdim=True)
+        scale = q_norm / x_norm
+        q_norm = q_norm.clamp(min=EPS)
+        # With u = x/|x|, p = q/|q| and w = (u + p)/|u + p| the gradient is scale (g - 2 w (w.g) + 2 u (p.g)): g, x and
+        # q, each times one number a row.
+        u_g, p_g = _dot(x, g) / x_norm, _dot(q, g) / q_norm
+        half_way = (x / x_norm).add_(q / q_norm).norm(dim=-1, keepdim=True).clamp(min=EPS)
+        w_g = (u_g + p_g) / half_way.square()
+        turned = g * scale
+        turned.addcmul_(x, 2 * scale * (p_g - w_g) / x_norm)
+        turned.addcmul_(q, -2 * scale * w_g / q_norm)
+        return None, turned.to(grad.dtype)
+
+
+def rotate_gradient(x: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` as it is; its gradient is turned and scaled back by what takes x to it.
+
+    Write q for a row of quantized, u = x / |x|, p = q / |q|, w = (u + p) / |u + p|. Then q = R x with
+    R = |q| / |x| (I - 2 w w' + 2 p u'), a rotation and a scaling, held constant in the backward pass (section 4.2 of
+    the paper): the gradient g of the output leaves as R' g = |q| / |x| (g - 2 w (w.g) + 2 u (p.g)), O(D) a row. With
+    the straight-through gradient of `fastvq.vector_quantize` it goes on to x. Norms below 1e-6 count as 1e-6.
+
+    Args:
+        x: (..., D), the rows that were quantised; no gradient goes to them from here.
+        quantized: (..., D), their codes.
+
+    Returns:
+        (..., D), exactly `quantized`.
+    """
+    rotated: Tensor = _RotateGradient.apply(x.detach(), quantized)
+    return rotated
