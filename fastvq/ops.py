@@ -217,15 +217,25 @@ def _check_nothing(*arguments: Any) -> None:
     """The backward operators are called by autograd alone, with what the forward one has checked."""
 
 
+def _gradients_fake(x: Tensor, codebook: Tensor, need_x: bool, need_codebook: bool) -> tuple[Tensor, Tensor]:
+    """A gradient that is not needed is an empty tensor."""
+    return x.new_empty(x.shape if need_x else (0,)), codebook.new_empty(codebook.shape if need_codebook else (0,))
+
+
+def _or_none(gradient: Tensor, needed: bool) -> Tensor | None:
+    return gradient if needed else None
+
+
 def _vector_quantize_backward_fake(
     grad_quantized: Tensor, grad_loss: Tensor, x: Tensor, codebook: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), codebook.new_empty(codebook.shape)
+    return _gradients_fake(x, codebook, *rest[-2:])
 
 
 _declare(
     "vector_quantize_backward(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices,"
-    " Tensor? mask, float commitment_weight, float codebook_weight, str? backend) -> (Tensor, Tensor)",
+    " Tensor? mask, float commitment_weight, float codebook_weight, bool need_x, bool need_codebook, str? backend)"
+    " -> (Tensor, Tensor)",
     _check_nothing,
     _vector_quantize_backward_fake,
 )
@@ -239,10 +249,12 @@ def _vector_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def _vector_quantize_grad(ctx: Any, grad_quantized: Tensor, _: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     x, codebook, indices, mask = ctx.saved_tensors
+    need_x, need_codebook = ctx.needs_input_grad[:2]
+    weights = ctx.commitment_weight, ctx.codebook_weight
     grad_x, grad_codebook = torch.ops.fastvq.vector_quantize_backward(
-        grad_quantized, grad_loss, x, codebook, indices, mask, ctx.commitment_weight, ctx.codebook_weight, ctx.backend
+        grad_quantized, grad_loss, x, codebook, indices, mask, *weights, need_x, need_codebook, ctx.backend
     )
-    return grad_x, grad_codebook, None, None, None, None, None
+    return _or_none(grad_x, need_x), _or_none(grad_codebook, need_codebook), None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -299,14 +311,14 @@ _declare(
 
 
 def _residual_quantize_backward_fake(
-    grad_quantized: Tensor, grad_losses: Tensor, x: Tensor, codebooks: Tensor, indices: Tensor
+    grad_quantized: Tensor, grad_losses: Tensor, x: Tensor, codebooks: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), codebooks.new_empty(codebooks.shape)
+    return _gradients_fake(x, codebooks, *rest[-2:])
 
 
 _declare(
     "residual_quantize_backward(Tensor grad_quantized, Tensor grad_losses, Tensor x, Tensor codebooks,"
-    " Tensor indices, str? backend) -> (Tensor, Tensor)",
+    " Tensor indices, bool need_x, bool need_codebooks, str? backend) -> (Tensor, Tensor)",
     _check_nothing,
     _residual_quantize_backward_fake,
 )
@@ -320,10 +332,11 @@ def _residual_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 def _residual_quantize_grad(ctx: Any, grad_quantized: Tensor, _: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     x, codebooks, indices = ctx.saved_tensors
+    need_x, need_codebooks = ctx.needs_input_grad[:2]
     grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
-        grad_quantized, grad_losses, x, codebooks, indices, ctx.backend
+        grad_quantized, grad_losses, x, codebooks, indices, need_x, need_codebooks, ctx.backend
     )
-    return grad_x, grad_codebooks, None, None
+    return _or_none(grad_x, need_x), _or_none(grad_codebooks, need_codebooks), None, None
 
 
 torch.library.register_autograd(

@@ -1,5 +1,201 @@
-"""C++ kernels for CPUs (placeholder while the extension is written)."""
+"""The C++ kernels for CPUs: outputs are allocated here, everything else happens in csrc/cpu."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq.backends.reference import working_dtype
+
+_kernels: Any
+try:
+    _kernels = importlib.import_module("fastvq._cpu")
+except ImportError as error:
+    _kernels = None
+    _import_error = str(error)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_MAX_DIMS = 12  # of a tensor that is read where it lies; any other is copied
+
 
 def missing() -> str | None:
     """Why this backend cannot serve, or None."""
-    return "the CPU extension is not written yet"
+    return None if _kernels is not None else f"fastvq was built without its C++ extension ({_import_error})"
+
+
+def extension() -> ModuleType:
+    """The compiled module, for `fastvq.info`."""
+    return _kernels
+
+
+def _pass(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    return t.data_ptr(), _DTYPES[t.dtype], tuple(t.shape), t.stride()
+
+
+def _readable(t: Tensor) -> Tensor:
+    """The tensor itself where its memory holds its values under strides the kernels take, else a copy."""
+    return t.resolve_neg() if t.dim() <= _MAX_DIMS else t.contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
+    """Indices (...), and squared distances or scores (...) when asked for, else an empty tensor."""
+    x, codebook = _readable(x), _readable(codebook)
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    distances = torch.empty(x.shape[:-1] if return_distance else (0,), dtype=working_dtype(x, codebook))
+    _kernels.search(
+        _pass(x),
+        _pass(codebook),
+        codebook.dim() == 3,
+        metric != "euclidean",
+        precision == "exact",
+        indices.data_ptr(),
+        _pass(distances),
+        torch.get_num_threads(),
+    )
+    return indices, distances
+
+
+def vector_quantize(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
+    x, codebook, mask = _readable(x), _readable(codebook), _dense(mask)
+    quantized = torch.empty(x.shape, dtype=x.dtype)
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    loss = torch.empty((), dtype=working_dtype(x, codebook))
+    _kernels.vector_quantize(
+        _pass(x),
+        _pass(codebook),
+        codebook.dim() == 3,
+        metric != "euclidean",
+        commitment_weight + codebook_weight,
+        _address(mask),
+        quantized.data_ptr(),
+        indices.data_ptr(),
+        _pass(loss),
+        torch.get_num_threads(),
+    )
+    return quantized, indices, loss
+
+
+def vector_quantize_backward(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    codebook_weight: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
+    grad_quantized, x, codebook, mask = _readable(grad_quantized), _readable(x), _readable(codebook), _dense(mask)
+    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    grad_codebook = torch.empty(codebook.shape if need_codebook else (0,), dtype=codebook.dtype)
+    _kernels.vector_quantize_backward(
+        _pass(grad_quantized),
+        grad_loss.item(),
+        _pass(x),
+        _pass(codebook),
+        codebook.dim() == 3,
+        indices.contiguous().data_ptr(),
+        _address(mask),
+        commitment_weight,
+        codebook_weight,
+        grad_x.data_ptr() if need_x else 0,
+        grad_codebook.data_ptr() if need_codebook else 0,
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_codebook
+
+
+def code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    """Counts ([H,] K) and sums ([H,] K, D): float64 sums in row order, rounded once."""
+    x, indices, mask = _readable(x), indices.contiguous(), _dense(mask)
+    heads = x.shape[:1] if per_head else ()
+    counts = torch.empty((*heads, codebook_size), dtype=working_dtype(x))
+    sums = torch.empty((*heads, codebook_size, x.shape[-1]), dtype=working_dtype(x))
+    _kernels.code_sums(
+        _pass(x),
+        per_head,
+        indices.data_ptr(),
+        _address(mask),
+        _pass(counts),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return counts, sums
+
+
+def ema_update_(
+    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+) -> None:
+    """The moving averages and the codebook, in place; float64 within, each stored tensor rounded once."""
+    tensors = (codebook, cluster_size, embed_avg, counts.resolve_neg(), sums.resolve_neg())
+    by_head = tensors if codebook.dim() == 3 else tuple(t.unsqueeze(0) for t in tensors)
+    _kernels.ema_update(*[_pass(t) for t in by_head], decay, eps, torch.get_num_threads())
+
+
+def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
+    x, codebooks = _readable(x), _readable(codebooks)
+    stages = codebooks.shape[-3]
+    quantized = torch.empty(x.shape, dtype=x.dtype)
+    indices = torch.empty((*x.shape[:-1], stages), dtype=torch.int64)
+    losses = torch.empty((stages,), dtype=working_dtype(x, codebooks))
+    _kernels.residual_quantize(
+        _pass(x),
+        _pass(codebooks),
+        codebooks.dim() == 4,
+        metric != "euclidean",
+        quantized.data_ptr(),
+        indices.data_ptr(),
+        _pass(losses),
+        torch.get_num_threads(),
+    )
+    return quantized, indices, losses
+
+
+def residual_quantize_backward(
+    grad_quantized: Tensor,
+    grad_losses: Tensor,
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (straight-through and all losses) and to the codebooks (each stage's own loss)."""
+    grad_quantized, x, codebooks = _readable(grad_quantized), _readable(x), _readable(codebooks)
+    losses = grad_losses.to(torch.float64).contiguous()
+    indices = indices.contiguous()
+    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    grad_codebooks = torch.empty(codebooks.shape if need_codebooks else (0,), dtype=codebooks.dtype)
+    _kernels.residual_quantize_backward(
+        _pass(grad_quantized),
+        losses.data_ptr(),
+        _pass(x),
+        _pass(codebooks),
+        codebooks.dim() == 4,
+        indices.data_ptr(),
+        grad_x.data_ptr() if need_x else 0,
+        grad_codebooks.data_ptr() if need_codebooks else 0,
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_codebooks

@@ -104,12 +104,18 @@ def vector_quantize_backward(
     mask: Tensor | None,
     commitment_weight: float,
     codebook_weight: float,
+    need_x: bool,
+    need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
     difference = _difference(x, codebook, indices, mask) * (2 * grad_loss.double() / _elements(x, mask))
-    grad_x = grad_quantized.double() + commitment_weight * difference
-    _, sums = code_sums(difference, indices, codebook.shape[-2], None, codebook.dim() == 3)
-    return grad_x.to(x.dtype), (-codebook_weight * sums).to(codebook.dtype)
+    grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
+    if need_x:
+        grad_x = (grad_quantized.double() + commitment_weight * difference).to(x.dtype)
+    if need_codebook:
+        _, sums = code_sums(difference, indices, codebook.shape[-2], None, codebook.dim() == 3)
+        grad_codebook = (-codebook_weight * sums).to(codebook.dtype)
+    return grad_x, grad_codebook
 
 
 def code_sums(
@@ -168,7 +174,13 @@ def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor
 
 
 def residual_quantize_backward(
-    grad_quantized: Tensor, grad_losses: Tensor, x: Tensor, codebooks: Tensor, indices: Tensor
+    grad_quantized: Tensor,
+    grad_losses: Tensor,
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    need_x: bool,
+    need_codebooks: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x (straight-through and all losses) and to the codebooks (each stage's own loss)."""
     dtype = working_dtype(x, codebooks)
@@ -183,4 +195,7 @@ def residual_quantize_backward(
         _, sums = code_sums(difference, nearest, codebook.shape[-2], None, codebook.dim() == 3)
         grad_codebooks.append(-sums)
         residual = residual - _gather(codebook, nearest).to(dtype)
-    return grad_x.to(x.dtype), torch.stack(grad_codebooks, dim=-3).to(codebooks.dtype)
+    return (
+        grad_x.to(x.dtype) if need_x else x.new_empty(0),
+        torch.stack(grad_codebooks, dim=-3).to(codebooks.dtype) if need_codebooks else codebooks.new_empty(0),
+    )

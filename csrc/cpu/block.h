@@ -1,0 +1,105 @@
+// Rows taken in blocks: a block is loaded, transposed and searched while it is in cache.
+
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "row_kernel.h"
+#include "tensor.h"
+
+namespace fastvq {
+
+constexpr std::int64_t kTaskRows = 64;  // rows a thread takes at a time; partial sums are a task's, so they do not
+                                        // depend on the number of threads
+
+inline std::int64_t row_tasks(std::int64_t rows) { return (rows + kTaskRows - 1) / kTaskRows; }
+
+// The scratch of one thread: a block of rows [D][lanes] in X (float or double), and what the kernel needs.
+template <class X>
+class BlockSearch {
+ public:
+  BlockSearch(const RowKernel& kernel, std::int64_t width, std::int64_t groups)
+      : kernel_(kernel),
+        width_(width),
+        rows_(allocate<X>(width * kernel.lanes)),
+        centred_(allocate<float>(width * kernel.lanes)),
+        minima_(allocate<float>(std::min(groups, kScreenGroups) * kernel.lanes)) {}
+
+  int lanes() const { return kernel_.lanes; }
+  X* rows() { return rows_.get(); }
+
+  // Loads rows first .. first+count-1, widened; the lanes past them are zero.
+  void load(const Rows& x, std::int64_t first, int count) {
+    dispatch(x.dtype, [&](auto* type) { load_as<std::remove_pointer_t<decltype(type)>>(x, first, count); });
+  }
+
+  // The nearest codes of the rows that are loaded.
+  void nearest(const CodebookView& codebook, int count, bool certify, Nearest* found) const {
+    RowBlock block;
+    block.is_double = std::is_same_v<X, double>;
+    block.rows = rows_.get();
+    block.count = count;
+    block.certify = certify;
+    kernel_.nearest(codebook, block, {centred_.get(), minima_.get()}, found);
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  template <class T>
+  using Buffer = std::unique_ptr<T[], Free>;
+
+  template <class T>
+  static Buffer<T> allocate(std::int64_t count) {
+    return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
+  }
+
+  template <class Stored>
+  void load_as(const Rows& x, std::int64_t first, int count) {
+    const int lanes = kernel_.lanes;
+    const Stored* source[kMaxLanes];
+    for (int l = 0; l < count; ++l) source[l] = x.row<Stored>(first + l);
+    X* out = rows_.get();
+    for (std::int64_t d = 0; d < width_; ++d, out += lanes) {
+      for (int l = 0; l < count; ++l) out[l] = static_cast<X>(widen(source[l][d * x.step]));
+      for (int l = count; l < lanes; ++l) out[l] = 0;
+    }
+  }
+
+  const RowKernel& kernel_;
+  const std::int64_t width_;
+  Buffer<X> rows_;
+  Buffer<float> centred_;
+  Buffer<float> minima_;
+};
+
+// Calls f with a null float or double pointer: what rows are widened to.
+template <class F>
+void dispatch_working(bool is_double, F&& f) {
+  if (is_double) return f(static_cast<double*>(nullptr));
+  f(static_cast<float*>(nullptr));
+}
+
+// Calls body(first, count) for each block of a task.
+template <class Body>
+void for_each_block(std::int64_t task, std::int64_t rows, int lanes, const Body& body) {
+  const std::int64_t end = std::min(rows, (task + 1) * kTaskRows);
+  for (std::int64_t first = task * kTaskRows; first < end; first += lanes) {
+    body(first, static_cast<int>(std::min<std::int64_t>(lanes, end - first)));
+  }
+}
+
+// sum of (x_i - c_i)^2 in float64, for a row that lies with stride `stride` and a code as it is stored.
+template <class X, class Code>
+double squared_distance(const X* row, std::int64_t stride, const Code* code, std::int64_t step, std::int64_t width) {
+  double total = 0;
+  for (std::int64_t d = 0; d < width; ++d) {
+    const double t = static_cast<double>(row[d * stride]) - static_cast<double>(widen(code[d * step]));
+    total += t * t;
+  }
+  return total;
+}
+
+}  // namespace fastvq

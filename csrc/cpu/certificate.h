@@ -1,0 +1,57 @@
+// The bound that makes screening exact; derived in docs/certified-search.md, whose names are used here.
+
+#pragma once
+
+#include <cstdint>
+
+#ifndef FASTVQ_BOUND_FACTOR
+#define FASTVQ_BOUND_FACTOR 1.0  // tests build with less, to see that the bound is needed
+#endif
+
+namespace fastvq {
+namespace {
+
+// What the bound needs to know of a codebook, computed once a block.
+struct Certificate {
+  double gamma;      // relative error of a sum of D + 2 rounded terms in float32
+  double bias_max;   // max |c~|^2 / 2
+  double norm;       // C
+  double residual;   // E
+  double double_sum; // relative error of the float64 distance itself, with a margin
+  bool usable;       // false where D is so large that float32 bounds nothing
+
+  Certificate(std::int64_t width, double screen_norm, double code_residual, bool euclidean) {
+    const double terms = static_cast<double>(width) + 2;
+    const double u = 0x1p-24;
+    usable = terms * u < 0.25;
+    gamma = terms * u / (1 - terms * u) * (1 + 1e-6);
+    bias_max = euclidean ? screen_norm * screen_norm / 2 : 0;
+    norm = screen_norm;
+    residual = code_residual;
+    double_sum = (terms + 4) * 0x1p-52;
+  }
+
+  // eta: how far a screened score of a row with |x~| <= row_norm can be from the exact score of the rounded points.
+  double accumulation(double row_norm) const { return gamma * (bias_max + row_norm * norm) + (gamma / 0x1p-24) * 0x1p-147; }
+
+  // No code whose screened score lies above this can be the canonical nearest. best: the smallest screened score;
+  // row_norm >= |x~|, row_residual >= |(x - m) S - x~|.
+  double threshold(double best, double row_norm, double row_residual, bool euclidean) const {
+    const double eta = accumulation(row_norm);
+    const double delta = row_residual + residual;
+    double slack;
+    if (euclidean) {
+      double squared = 2 * (best + eta) + row_norm * row_norm;  // at least the squared distance of the rounded points
+      squared = squared > 0 ? squared : 0;
+      const double distance = __builtin_sqrt(squared) + delta;  // at least the distance of the winner of the screen
+      slack = 2 * eta + 2 * delta * (distance + delta) + double_sum * distance * distance;
+    } else {
+      const double exact_norms = (row_norm + row_residual) * (norm + residual);
+      slack = 2 * eta + 2 * (row_residual * (norm + residual) + row_norm * residual) + 2 * double_sum * exact_norms;
+    }
+    return best + FASTVQ_BOUND_FACTOR * slack;
+  }
+};
+
+}  // namespace
+}  // namespace fastvq

@@ -1,0 +1,66 @@
+#include "code_sums.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "operators.h"
+
+namespace fastvq {
+
+RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t rows, std::int64_t codes)
+    : starts_(codes + 1, 0) {
+  for (std::int64_t n = 0; n < rows; ++n) {
+    if (indices[n] >= codes) {
+      throw std::invalid_argument("indices must be below codebook_size = " + std::to_string(codes) + "; got " +
+                                  std::to_string(indices[n]));
+    }
+    if (indices[n] >= 0 && (!mask || mask[n])) ++starts_[indices[n] + 1];
+  }
+  for (std::int64_t k = 0; k < codes; ++k) starts_[k + 1] += starts_[k];
+  order_.resize(starts_[codes]);
+  std::vector<std::int64_t> next(starts_.begin(), starts_.end() - 1);
+  for (std::int64_t n = 0; n < rows; ++n)
+    if (indices[n] >= 0 && (!mask || mask[n])) order_[next[indices[n]]++] = n;
+}
+
+namespace {
+
+template <class X, class Sum>
+void sums_of_head(const Rows& x, const RowsByCode& by_code, Sum* counts, Sum* sums, int threads) {
+  by_code.for_each_code(threads, [&] {
+    return [&, total = std::vector<double>(x.width)](std::int64_t k) mutable {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (const std::int64_t* n = by_code.begin(k); n != by_code.end(k); ++n) {
+        const X* row = x.row<X>(*n);
+        if (x.step == 1) {
+          for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d]);
+        } else {
+          for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d * x.step]);
+        }
+      }
+      counts[k] = static_cast<Sum>(by_code.count(k));
+      for (std::int64_t d = 0; d < x.width; ++d) sums[k * x.width + d] = static_cast<Sum>(total[d]);
+    };
+  });
+}
+
+}  // namespace
+
+void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, const Tensor& counts,
+               void* sums, int threads) {
+  const std::int64_t codes = counts.sizes[counts.dims - 1];
+  const std::int64_t head_count = heads ? x.sizes[0] : 1;
+  for (std::int64_t h = 0; h < head_count; ++h) {
+    const Rows rows = (heads ? x.select(0, h) : x).rows();
+    const std::int64_t first = h * rows.count;
+    const RowsByCode by_code(indices + first, mask ? mask + first : nullptr, rows.count, codes);
+    dispatch(x.dtype, [&](auto* type) {
+      using X = std::remove_pointer_t<decltype(type)>;
+      using Sum = std::conditional_t<std::is_same_v<X, double>, double, float>;
+      sums_of_head<X, Sum>(rows, by_code, static_cast<Sum*>(counts.data) + h * codes,
+                           static_cast<Sum*>(sums) + h * codes * rows.width, threads);
+    });
+  }
+}
+
+}  // namespace fastvq

@@ -1,0 +1,87 @@
+#include <vector>
+
+#include "operators.h"
+#include "parallel.h"
+
+namespace fastvq {
+namespace {
+
+constexpr std::int64_t kCodesPerTask = 256;
+
+double read(const Tensor& t, std::int64_t offset) {
+  double value = 0;
+  dispatch(t.dtype, [&](auto* type) {
+    value = widen(static_cast<std::remove_pointer_t<decltype(type)>*>(t.data)[offset]);
+  });
+  return value;
+}
+
+void write(const Tensor& t, std::int64_t offset, double value) {
+  dispatch(t.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    static_cast<T*>(t.data)[offset] = narrow<T>(value);
+  });
+}
+
+// One code: its average and its place. The common case, all float32, gets a loop that the compiler can vectorise.
+void update_code(const Rows& codebook, const Rows& average, const Rows& sums, std::int64_t k, double decay,
+                 double divisor) {
+  const bool plain = codebook.dtype == DType::kFloat32 && average.dtype == DType::kFloat32 &&
+                     sums.dtype == DType::kFloat32 && codebook.step == 1 && average.step == 1 && sums.step == 1;
+  const double fresh = 1 - decay;
+  if (plain) {
+    float* __restrict code = codebook.row<float>(k);
+    float* __restrict mean = average.row<float>(k);
+    const float* __restrict sum = sums.row<float>(k);
+    for (std::int64_t d = 0; d < codebook.width; ++d) {
+      const double value = decay * mean[d] + fresh * sum[d];
+      mean[d] = static_cast<float>(value);
+      code[d] = static_cast<float>(value / divisor);
+    }
+    return;
+  }
+  const auto flat = [](const Rows& r) {
+    Tensor t;
+    t.data = r.data;
+    t.dtype = r.dtype;
+    return t;
+  };
+  const Tensor code = flat(codebook), mean = flat(average), sum = flat(sums);
+  for (std::int64_t d = 0; d < codebook.width; ++d) {
+    const std::int64_t at = average.offset(k) + d * average.step;
+    const double value = decay * read(mean, at) + fresh * read(sum, sums.offset(k) + d * sums.step);
+    write(mean, at, value);
+    write(code, codebook.offset(k) + d * codebook.step, value / divisor);
+  }
+}
+
+}  // namespace
+
+void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,
+                const Tensor& sums, double decay, double eps, int threads) {
+  const FloatEnvironment environment;
+  for (std::int64_t h = 0; h < codebook.sizes[0]; ++h) {
+    const Rows codes = codebook.select(0, h).rows();
+    const Rows averages = embed_avg.select(0, h).rows();
+    const Rows totals = sums.select(0, h).rows();
+    const std::int64_t size = codes.count;
+    std::vector<double> sizes(size);
+    double total = 0;
+    for (std::int64_t k = 0; k < size; ++k) {
+      const std::int64_t at = h * cluster_size.strides[0] + k * cluster_size.strides[1];
+      sizes[k] = decay * read(cluster_size, at) + (1 - decay) * read(counts, h * counts.strides[0] + k * counts.strides[1]);
+      write(cluster_size, at, sizes[k]);
+      total += sizes[k];
+    }
+    parallel((size + kCodesPerTask - 1) / kCodesPerTask, threads, [&](Tasks& tasks) {
+      for (std::int64_t task; tasks.next(&task);) {
+        const std::int64_t end = std::min(size, (task + 1) * kCodesPerTask);
+        for (std::int64_t k = task * kCodesPerTask; k < end; ++k) {
+          update_code(codes, averages, totals, k, decay, (sizes[k] + eps) / (total + size * eps) * total);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace fastvq

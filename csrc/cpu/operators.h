@@ -1,0 +1,47 @@
+// The operators on CPUs. Tensors are as torch has them; outputs are contiguous, made by the caller, of the shapes that
+// fastvq/ops.py declares. A tensor of codes with `heads` has a leading dimension H that x shares. Masks are contiguous
+// bytes, one a row, or null. Bad values (an index past the codebook) throw std::invalid_argument.
+
+#pragma once
+
+#include <cstdint>
+
+#include "codebook.h"
+#include "tensor.h"
+
+namespace fastvq {
+
+// indices (...); distances (...), float or double as `distances.dtype` says, or null data.
+void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, bool certify, std::int64_t* indices,
+            const Tensor& distances, int threads);
+
+// quantized (..., D) in the dtype of x; loss (), `weight` times the mean squared difference of the unmasked rows.
+void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, double weight,
+                     const std::uint8_t* mask, void* quantized, std::int64_t* indices, const Tensor& loss, int threads);
+
+// grad_x (..., D) = grad_quantized + commitment_weight * 2 grad_loss (x - q) / elements, and grad_codebook, contiguous
+// in the dtype of the codebook; either may be null.
+void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, const Tensor& x, const Tensor& codebook,
+                              bool heads, const std::int64_t* indices, const std::uint8_t* mask,
+                              double commitment_weight, double codebook_weight, void* grad_x, void* grad_codebook,
+                              int threads);
+
+// counts ([H,] K) and sums ([H,] K, D), both of the dtype of `counts`.
+void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, const Tensor& counts,
+               void* sums, int threads);
+
+// All with the leading dimension H, strided; the first three are updated in place.
+void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,
+                const Tensor& sums, double decay, double eps, int threads);
+
+// codebooks ([H,] Q, K, D); quantized (..., D) in the dtype of x; indices (..., Q); losses (Q).
+void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Metric metric, void* quantized,
+                       std::int64_t* indices, const Tensor& losses, int threads);
+
+// grad_losses (Q) in float64; grad_x (..., D), grad_codebooks contiguous in the dtype of the codebooks; either may be
+// null.
+void residual_quantize_backward(const Tensor& grad_quantized, const double* grad_losses, const Tensor& x,
+                                const Tensor& codebooks, bool heads, const std::int64_t* indices, void* grad_x,
+                                void* grad_codebooks, int threads);
+
+}  // namespace fastvq

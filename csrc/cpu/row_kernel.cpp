@@ -1,0 +1,51 @@
+#include "row_kernel.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fastvq {
+
+extern const RowKernel row_kernel_portable;
+extern const RowKernel row_kernel_avx2;
+extern const RowKernel row_kernel_avx512;
+
+int available_row_kernels(const RowKernel* out[4]) {
+  int count = 0;
+  out[count++] = &row_kernel_portable;
+#if defined(FASTVQ_HAS_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out[count++] = &row_kernel_avx2;
+#endif
+#if defined(FASTVQ_HAS_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    out[count++] = &row_kernel_avx512;
+  }
+#endif
+  return count;
+}
+
+namespace {
+
+const RowKernel& choose() {
+  const RowKernel* available[4];
+  const int count = available_row_kernels(available);
+  const char* wanted = std::getenv("FASTVQ_CPU_ISA");
+  if (!wanted || !*wanted) return *available[count - 1];
+  std::string names;
+  for (int i = 0; i < count; ++i) {
+    if (!std::strcmp(available[i]->name, wanted)) return *available[i];
+    names += (i ? ", " : "") + std::string(available[i]->name);
+  }
+  throw std::invalid_argument("FASTVQ_CPU_ISA must be one of " + names + " on this machine; got '" + wanted + "'");
+}
+
+}  // namespace
+
+const RowKernel& row_kernel() {
+  static const RowKernel& chosen = choose();
+  return chosen;
+}
+
+}  // namespace fastvq

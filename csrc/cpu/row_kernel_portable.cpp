@@ -1,0 +1,2 @@
+#define FASTVQ_ISA portable
+#include "row_kernel_impl.h"

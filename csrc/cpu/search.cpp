@@ -1,0 +1,51 @@
+#include "block.h"
+#include "operators.h"
+#include "parallel.h"
+
+namespace fastvq {
+namespace {
+
+template <class X>
+void search_head(const Rows& x, const PackedCodebook& codebook, bool certify, std::int64_t* indices,
+                 const Tensor& distances, std::int64_t first_row, int threads) {
+  const RowKernel& kernel = row_kernel();
+  parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+    BlockSearch<X> block(kernel, x.width, codebook.view().groups);
+    Nearest nearest;
+    for (std::int64_t task; tasks.next(&task);) {
+      for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
+        block.load(x, first, count);
+        block.nearest(codebook.view(), count, certify, &nearest);
+        for (int l = 0; l < count; ++l) {
+          const std::int64_t n = first_row + first + l;
+          indices[n] = nearest.index[l];
+          if (!distances.data) continue;
+          if (distances.dtype == DType::kFloat64) {
+            static_cast<double*>(distances.data)[n] = nearest.value[l];
+          } else {
+            static_cast<float*>(distances.data)[n] = static_cast<float>(nearest.value[l]);
+          }
+        }
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, bool certify, std::int64_t* indices,
+            const Tensor& distances, int threads) {
+  const bool is_double = x.dtype == DType::kFloat64;
+  const std::int64_t head_count = heads ? codebook.sizes[0] : 1;
+  for (std::int64_t h = 0; h < head_count; ++h) {
+    const Rows rows = (heads ? x.select(0, h) : x).rows();
+    if (rows.count == 0) return;
+    const PackedCodebook packed((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double, threads);
+    dispatch_working(is_double, [&](auto* type) {
+      using X = std::remove_pointer_t<decltype(type)>;
+      search_head<X>(rows, packed, certify, indices, distances, h * rows.count, threads);
+    });
+  }
+}
+
+}  // namespace fastvq

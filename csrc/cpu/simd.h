@@ -1,0 +1,88 @@
+// The vectors of one instruction set, as GCC and Clang vector types; everything here is private to its file.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace fastvq {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kWide = kLanes / 2;  // doubles in a vector
+
+typedef float FloatVector __attribute__((vector_size(kLanes * 4)));
+typedef float HalfVector __attribute__((vector_size(kWide * 4)));
+typedef double DoubleVector __attribute__((vector_size(kLanes * 4)));
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+inline FloatVector broadcast(float v) { return v - FloatVector{}; }
+inline DoubleVector broadcast(double v) { return v - DoubleVector{}; }
+inline DoubleVector load_wide(const float* p) { return __builtin_convertvector(load<HalfVector>(p), DoubleVector); }
+inline DoubleVector load_wide(const double* p) { return load<DoubleVector>(p); }
+
+// acc - x * c: fused where the machine can, and then rounded once.
+inline FloatVector subtract_product(FloatVector acc, FloatVector x, FloatVector c) {
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(x, c, acc);
+#elif defined(__AVX2__)
+  return _mm256_fnmadd_ps(x, c, acc);
+#elif defined(__ARM_NEON)
+  return vfmsq_f32(acc, x, c);
+#else
+  return acc - x * c;
+#endif
+}
+
+inline FloatVector smaller(FloatVector a, FloatVector b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// One bit a lane: a <= b.
+inline unsigned not_above(FloatVector a, FloatVector b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));
+#elif defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_ps(_mm_cmple_ps(a, b)));
+#else
+  unsigned mask = 0;
+  for (int l = 0; l < kLanes; ++l) mask |= static_cast<unsigned>(a[l] <= b[l]) << l;
+  return mask;
+#endif
+}
+
+}  // namespace
+}  // namespace fastvq

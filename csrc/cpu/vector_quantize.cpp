@@ -1,0 +1,147 @@
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "block.h"
+#include "code_sums.h"
+#include "operators.h"
+#include "parallel.h"
+
+namespace fastvq {
+namespace {
+
+// The code of each row, in the dtype of x.
+template <class X, class Code>
+void copy_code(const Code* code, std::int64_t step, std::int64_t width, X* out) {
+  if constexpr (std::is_same_v<X, Code>) {
+    if (step == 1) {
+      std::memcpy(out, code, width * sizeof(X));
+      return;
+    }
+  }
+  for (std::int64_t d = 0; d < width; ++d) out[d] = narrow<X>(widen(code[d * step]));
+}
+
+// Calls f with null pointers of the element types of x and of the codebook.
+template <class F>
+void dispatch_pair(DType x, DType codebook, const F& f) {
+  dispatch(x, [&](auto* x_type) { dispatch(codebook, [&](auto* code_type) { f(x_type, code_type); }); });
+}
+
+std::int64_t counted_rows(const std::uint8_t* mask, std::int64_t rows) {
+  return mask ? std::count(mask, mask + rows, std::uint8_t{1}) : rows;
+}
+
+// Returns the sum of the squared differences of the unmasked rows.
+template <class Working, class X, class Code>
+double quantize_head(const Rows& x, const Rows& codes, const PackedCodebook& codebook, const std::uint8_t* mask,
+                     X* quantized, std::int64_t* indices, int threads) {
+  const RowKernel& kernel = row_kernel();
+  const bool euclidean = codebook.view().metric == Metric::kEuclidean;
+  std::vector<double> partial(row_tasks(x.count), 0.0);
+  parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+    BlockSearch<Working> block(kernel, x.width, codebook.view().groups);
+    Nearest nearest;
+    for (std::int64_t task; tasks.next(&task);) {
+      for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
+        block.load(x, first, count);
+        block.nearest(codebook.view(), count, true, &nearest);
+        for (int l = 0; l < count; ++l) {
+          const std::int64_t n = first + l;
+          const Code* code = codes.row<Code>(nearest.index[l]);
+          indices[n] = nearest.index[l];
+          copy_code(code, codes.step, x.width, quantized + n * x.width);
+          if (mask && !mask[n]) continue;
+          partial[task] += euclidean ? nearest.value[l]
+                                     : squared_distance(block.rows() + l, block.lanes(), code, codes.step, x.width);
+        }
+      });
+    }
+  });
+  return std::accumulate(partial.begin(), partial.end(), 0.0);
+}
+
+}  // namespace
+
+void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, double weight,
+                     const std::uint8_t* mask, void* quantized, std::int64_t* indices, const Tensor& loss,
+                     int threads) {
+  const bool is_double = x.dtype == DType::kFloat64;
+  const std::int64_t head_count = heads ? codebook.sizes[0] : 1;
+  double total = 0;
+  std::int64_t counted = 0;
+  for (std::int64_t h = 0; h < head_count; ++h) {
+    const Rows rows = (heads ? x.select(0, h) : x).rows();
+    const Rows codes = (heads ? codebook.select(0, h) : codebook).rows();
+    if (rows.count == 0) break;
+    const std::int64_t first = h * rows.count;
+    const std::uint8_t* head_mask = mask ? mask + first : nullptr;
+    const PackedCodebook packed(codes, metric, !is_double, threads);
+    counted += counted_rows(head_mask, rows.count);
+    dispatch_pair(x.dtype, codes.dtype, [&](auto* x_type, auto* code_type) {
+      using X = std::remove_pointer_t<decltype(x_type)>;
+      using Code = std::remove_pointer_t<decltype(code_type)>;
+      using Working = std::conditional_t<std::is_same_v<X, double>, double, float>;
+      total += quantize_head<Working, X, Code>(rows, codes, packed, head_mask,
+                                               static_cast<X*>(quantized) + first * rows.width, indices + first,
+                                               threads);
+    });
+  }
+  const double elements = static_cast<double>(std::max<std::int64_t>(1, counted * x.sizes[x.dims - 1]));
+  const double value = weight * (total / elements);
+  if (loss.dtype == DType::kFloat64) {
+    *static_cast<double*>(loss.data) = value;
+  } else {
+    *static_cast<float*>(loss.data) = static_cast<float>(value);
+  }
+}
+
+void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, const Tensor& x, const Tensor& codebook,
+                              bool heads, const std::int64_t* indices, const std::uint8_t* mask,
+                              double commitment_weight, double codebook_weight, void* grad_x, void* grad_codebook,
+                              int threads) {
+  const std::int64_t head_count = heads ? codebook.sizes[0] : 1;
+  const std::int64_t all_rows = x.rows().count;
+  const std::int64_t elements = std::max<std::int64_t>(1, counted_rows(mask, all_rows) * x.sizes[x.dims - 1]);
+  const double scale = 2 * grad_loss / static_cast<double>(elements);
+  for (std::int64_t h = 0; h < head_count; ++h) {
+    const Rows rows = (heads ? x.select(0, h) : x).rows();
+    const Rows gradients = (heads ? grad_quantized.select(0, h) : grad_quantized).rows();
+    const Rows codes = (heads ? codebook.select(0, h) : codebook).rows();
+    const std::int64_t first = h * rows.count;
+    const std::uint8_t* head_mask = mask ? mask + first : nullptr;
+    dispatch_pair(x.dtype, codes.dtype, [&](auto* x_type, auto* code_type) {
+      using X = std::remove_pointer_t<decltype(x_type)>;
+      using Code = std::remove_pointer_t<decltype(code_type)>;
+      if (grad_x) {
+        X* out = static_cast<X*>(grad_x) + first * rows.width;
+        parallel(row_tasks(rows.count), threads, [&](Tasks& tasks) {
+          for (std::int64_t task; tasks.next(&task);) {
+            for_each_block(task, rows.count, 1, [&](std::int64_t n, int) {
+              const X* row = rows.row<X>(n);
+              const X* gradient = gradients.row<X>(n);
+              const Code* code = codes.row<Code>(indices[first + n]);
+              const double pull = head_mask && !head_mask[n] ? 0.0 : commitment_weight * scale;
+              X* target = out + n * rows.width;
+              for (std::int64_t d = 0; d < rows.width; ++d) {
+                double g = widen(gradient[d * gradients.step]);
+                if (pull != 0) {
+                  const double difference = static_cast<double>(widen(row[d * rows.step])) - widen(code[d * codes.step]);
+                  g += pull * difference;
+                }
+                target[d] = narrow<X>(g);
+              }
+            });
+          }
+        });
+      }
+      if (grad_codebook) {
+        Code* out = static_cast<Code*>(grad_codebook) + h * codes.count * codes.width;
+        sum_differences(rows, codes, indices + first, head_mask, -codebook_weight * scale, out, threads);
+      }
+    });
+  }
+}
+
+}  // namespace fastvq
