@@ -1,0 +1,33 @@
+"""What all tests share: the backends they run on, the soak switch, and a clean state around each test."""
+
+import pytest
+import torch
+
+BACKENDS = ("reference", "cpu")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="run the tests marked soak too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--soak"):
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=soak)
+    items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Each backend that this machine must have; a missing one fails the tests."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _clean_state(monkeypatch):
+    monkeypatch.delenv("FASTVQ_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
