@@ -92,9 +92,7 @@ def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
     _check_choice("metric", metric, METRICS)
 
 
-def _check_code_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
-) -> None:
+def _check_code_sums(x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool) -> None:
     _check_float("x", x)
     if x.dim() < (2 if per_head else 1) or x.shape[-1] == 0:
         layout = "(H, ..., D)" if per_head else "(..., D)"

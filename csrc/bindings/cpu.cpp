@@ -49,7 +49,9 @@ void run(const F& f) {
   f();
 }
 
-fastvq::Metric metric_of(bool dot) { return dot ? fastvq::Metric::kDot : fastvq::Metric::kEuclidean; }
+fastvq::Metric metric_of(bool dot) {
+  return dot ? fastvq::Metric::kDot : fastvq::Metric::kEuclidean;
+}
 
 }  // namespace
 

@@ -13,7 +13,9 @@ namespace fastvq {
 constexpr std::int64_t kTaskRows = 64;  // rows a thread takes at a time; partial sums are a task's, so they do not
                                         // depend on the number of threads
 
-inline std::int64_t row_tasks(std::int64_t rows) { return (rows + kTaskRows - 1) / kTaskRows; }
+inline std::int64_t row_tasks(std::int64_t rows) {
+  return (rows + kTaskRows - 1) / kTaskRows;
+}
 
 // The scratch of one thread: a block of rows [D][lanes] in X (float or double), and what the kernel needs.
 template <class X>

@@ -13,12 +13,12 @@ namespace {
 
 // What the bound needs to know of a codebook, computed once a block.
 struct Certificate {
-  double gamma;      // relative error of a sum of D + 2 rounded terms in float32
-  double bias_max;   // max |c~|^2 / 2
-  double norm;       // C
-  double residual;   // E
-  double double_sum; // relative error of the float64 distance itself, with a margin
-  bool usable;       // false where D is so large that float32 bounds nothing
+  double gamma;       // relative error of a sum of D + 2 rounded terms in float32
+  double bias_max;    // max |c~|^2 / 2
+  double norm;        // C
+  double residual;    // E
+  double double_sum;  // relative error of the float64 distance itself, with a margin
+  bool usable;        // false where D is so large that float32 bounds nothing
 
   Certificate(std::int64_t width, double screen_norm, double code_residual, bool euclidean) {
     const double terms = static_cast<double>(width) + 2;
@@ -32,7 +32,9 @@ struct Certificate {
   }
 
   // eta: how far a screened score of a row with |x~| <= row_norm can be from the exact score of the rounded points.
-  double accumulation(double row_norm) const { return gamma * (bias_max + row_norm * norm) + (gamma / 0x1p-24) * 0x1p-147; }
+  double accumulation(double row_norm) const {
+    return gamma * (bias_max + row_norm * norm) + (gamma / 0x1p-24) * 0x1p-147;
+  }
 
   // No code whose screened score lies above this can be the canonical nearest. best: the smallest screened score;
   // row_norm >= |x~|, row_residual >= |(x - m) S - x~|.

@@ -12,7 +12,9 @@ namespace {
 constexpr std::int64_t kGroupsPerTask = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-std::int64_t tasks_of(std::int64_t groups) { return (groups + kGroupsPerTask - 1) / kGroupsPerTask; }
+std::int64_t tasks_of(std::int64_t groups) {
+  return (groups + kGroupsPerTask - 1) / kGroupsPerTask;
+}
 
 template <class F>
 void for_each_group(std::int64_t groups, int threads, const F& f) {

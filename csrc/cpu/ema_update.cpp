@@ -10,9 +10,8 @@ constexpr std::int64_t kCodesPerTask = 256;
 
 double read(const Tensor& t, std::int64_t offset) {
   double value = 0;
-  dispatch(t.dtype, [&](auto* type) {
-    value = widen(static_cast<std::remove_pointer_t<decltype(type)>*>(t.data)[offset]);
-  });
+  dispatch(t.dtype,
+           [&](auto* type) { value = widen(static_cast<std::remove_pointer_t<decltype(type)>*>(t.data)[offset]); });
   return value;
 }
 
@@ -69,7 +68,8 @@ void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor
     double total = 0;
     for (std::int64_t k = 0; k < size; ++k) {
       const std::int64_t at = h * cluster_size.strides[0] + k * cluster_size.strides[1];
-      sizes[k] = decay * read(cluster_size, at) + (1 - decay) * read(counts, h * counts.strides[0] + k * counts.strides[1]);
+      sizes[k] =
+          decay * read(cluster_size, at) + (1 - decay) * read(counts, h * counts.strides[0] + k * counts.strides[1]);
       write(cluster_size, at, sizes[k]);
       total += sizes[k];
     }

@@ -37,14 +37,20 @@ void run_team(int threads, void (*body)(void*), void* argument) {
 }
 
 #if defined(__SSE2__)
-FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-FloatEnvironment::~FloatEnvironment() { _mm_setcsr(static_cast<unsigned>(saved_)); }
+FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) {
+  _mm_setcsr(0x1f80);
+}
+FloatEnvironment::~FloatEnvironment() {
+  _mm_setcsr(static_cast<unsigned>(saved_));
+}
 #elif defined(__aarch64__)
 FloatEnvironment::FloatEnvironment() {
   asm volatile("mrs %0, fpcr" : "=r"(saved_));
   asm volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
 }
-FloatEnvironment::~FloatEnvironment() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+FloatEnvironment::~FloatEnvironment() {
+  asm volatile("msr fpcr, %0" : : "r"(saved_));
+}
 #else
 FloatEnvironment::FloatEnvironment() : saved_(0) {}
 FloatEnvironment::~FloatEnvironment() = default;

@@ -61,7 +61,9 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
     for (std::int64_t q = 0; q < stage_count; ++q) (*losses)[q] += partial[task * stage_count + q];
 }
 
-std::size_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+std::size_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 bool works_in_double(const Tensor& x, const Tensor& codebooks) {
   return x.dtype == DType::kFloat64 || codebooks.dtype == DType::kFloat64;
@@ -112,8 +114,7 @@ void backward_head(const Rows& gradients, const double* scales, const Rows& x, c
   std::vector<std::int64_t> stage_indices(rows);
   const auto for_each_row = [&](const auto& body) {
     parallel(row_tasks(rows), threads, [&](Tasks& tasks) {
-      for (std::int64_t task; tasks.next(&task);)
-        for_each_block(task, rows, 1, [&](std::int64_t n, int) { body(n); });
+      for (std::int64_t task; tasks.next(&task);) for_each_block(task, rows, 1, [&](std::int64_t n, int) { body(n); });
     });
   };
   dispatch(x.dtype, [&](auto* type) {
@@ -179,10 +180,12 @@ void residual_quantize_backward(const Tensor& grad_quantized, const double* grad
     const Rows gradients = (heads ? grad_quantized.select(0, h) : grad_quantized).rows();
     const Tensor head_codebooks = heads ? codebooks.select(0, h) : codebooks;
     const std::int64_t codes = head_codebooks.sizes[1];
-    char* head_grad_x = grad_x ? static_cast<char*>(grad_x) + h * rows.count * rows.width * element_bytes(x.dtype) : nullptr;
-    char* head_grad_codebooks = grad_codebooks ? static_cast<char*>(grad_codebooks) +
-                                                     h * stage_count * codes * rows.width * element_bytes(codebooks.dtype)
-                                               : nullptr;
+    char* head_grad_x =
+        grad_x ? static_cast<char*>(grad_x) + h * rows.count * rows.width * element_bytes(x.dtype) : nullptr;
+    char* head_grad_codebooks =
+        grad_codebooks
+            ? static_cast<char*>(grad_codebooks) + h * stage_count * codes * rows.width * element_bytes(codebooks.dtype)
+            : nullptr;
     dispatch_working(works_in_double(x, codebooks), [&](auto* type) {
       backward_head<std::remove_pointer_t<decltype(type)>>(gradients, scales.data(), rows, head_codebooks,
                                                            indices + h * rows.count * stage_count, head_grad_x,

@@ -8,8 +8,8 @@
 
 namespace fastvq {
 
-constexpr int kMaxLanes = 16;                  // the widest block of rows of any instruction set
-constexpr std::int64_t kScreenGroups = 2048;   // groups screened before candidates are taken: bounds the scratch
+constexpr int kMaxLanes = 16;                 // the widest block of rows of any instruction set
+constexpr std::int64_t kScreenGroups = 2048;  // groups screened before candidates are taken: bounds the scratch
 
 struct RowBlock {
   bool is_double = false;      // what `rows` points to: double or float

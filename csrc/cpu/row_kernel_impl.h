@@ -11,8 +11,8 @@
 namespace fastvq {
 namespace {
 
-constexpr int kPieces = kGroup / kWide;           // vectors of doubles that hold one value of each code of a group
-constexpr int kPairs = kPieces > 2 ? 2 : 4;       // (row, group) pairs re-scored together, to hide the adds' latency
+constexpr int kPieces = kGroup / kWide;      // vectors of doubles that hold one value of each code of a group
+constexpr int kPairs = kPieces > 2 ? 2 : 4;  // (row, group) pairs re-scored together, to hide the adds' latency
 constexpr float kInfinity = __builtin_inff();
 
 // ---- screen ----
@@ -51,8 +51,8 @@ struct RowNorms {
   bool wild[kLanes];        // too large for the screen, or not finite: every group is a candidate
 };
 
-constexpr double kUp = 1 + 1e-6;    // covers the float64 sums of squares
-constexpr float kTame = 0x1p100f;   // squared norms up to here leave no score of the screen infinite
+constexpr double kUp = 1 + 1e-6;   // covers the float64 sums of squares
+constexpr float kTame = 0x1p100f;  // squared norms up to here leave no score of the screen infinite
 
 // x~ = float32((x - m) S) in `centred`, or the rows themselves when nothing is to be done.
 const float* centre(const CodebookView& codebook, const RowBlock& block, float* centred, RowNorms* norms) {

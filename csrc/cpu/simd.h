@@ -39,10 +39,18 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-inline FloatVector broadcast(float v) { return v - FloatVector{}; }
-inline DoubleVector broadcast(double v) { return v - DoubleVector{}; }
-inline DoubleVector load_wide(const float* p) { return __builtin_convertvector(load<HalfVector>(p), DoubleVector); }
-inline DoubleVector load_wide(const double* p) { return load<DoubleVector>(p); }
+inline FloatVector broadcast(float v) {
+  return v - FloatVector{};
+}
+inline DoubleVector broadcast(double v) {
+  return v - DoubleVector{};
+}
+inline DoubleVector load_wide(const float* p) {
+  return __builtin_convertvector(load<HalfVector>(p), DoubleVector);
+}
+inline DoubleVector load_wide(const double* p) {
+  return load<DoubleVector>(p);
+}
 
 // acc - x * c: fused where the machine can, and then rounded once.
 inline FloatVector subtract_product(FloatVector acc, FloatVector x, FloatVector c) {

@@ -26,9 +26,15 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline float widen(BFloat16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
+inline float widen(float v) {
+  return v;
+}
+inline double widen(double v) {
+  return v;
+}
+inline float widen(BFloat16 v) {
+  return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16);
+}
 inline float widen(Float16 v) {
   const std::uint32_t magnitude = static_cast<std::uint32_t>(v.bits & 0x7fff) << 13;
   // The exponent bias differs by 112; the product is exact, subnormals too. Infinity and NaN keep an exponent of ones.

@@ -83,9 +83,8 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
       using X = std::remove_pointer_t<decltype(x_type)>;
       using Code = std::remove_pointer_t<decltype(code_type)>;
       using Working = std::conditional_t<std::is_same_v<X, double>, double, float>;
-      total += quantize_head<Working, X, Code>(rows, codes, packed, head_mask,
-                                               static_cast<X*>(quantized) + first * rows.width, indices + first,
-                                               threads);
+      total += quantize_head<Working, X, Code>(
+          rows, codes, packed, head_mask, static_cast<X*>(quantized) + first * rows.width, indices + first, threads);
     });
   }
   const double elements = static_cast<double>(std::max<std::int64_t>(1, counted * x.sizes[x.dims - 1]));
@@ -127,7 +126,8 @@ void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, co
               for (std::int64_t d = 0; d < rows.width; ++d) {
                 double g = widen(gradient[d * gradients.step]);
                 if (pull != 0) {
-                  const double difference = static_cast<double>(widen(row[d * rows.step])) - widen(code[d * codes.step]);
+                  const double difference =
+                      static_cast<double>(widen(row[d * rows.step])) - widen(code[d * codes.step]);
                   g += pull * difference;
                 }
                 target[d] = narrow<X>(g);

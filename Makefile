@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*/* setup.py pyproject.toml constraints.txt)
+
+.PHONY: demo test soak bench lint format clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,bench,test]'
+	touch $@
+
+# Train on photographs for some two minutes, then write a report to runs/demo/report.html.
+demo: $(VENV)/installed
+	$(BIN)/fastvq demo --out runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+# The long checks: ten million rows against the reference.
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest --soak -m soak --timeout 0
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-group-by=group --timeout 0
+	$(BIN)/fastvq bench --csv benchmarks/results/cpu.csv
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastvq/*.so

@@ -1,0 +1,108 @@
+"""`python -m fastvq.info`: what was built, what was found, and which backend serves which device."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import fastvq
+from fastvq.backends import cpu, select
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _built(extension: str) -> bool:
+    return importlib.util.find_spec(extension) is not None
+
+
+def collect() -> dict[str, Any]:
+    """Everything the report says, as plain data."""
+    devices = {"cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        devices[f"cuda:{i}"] = torch.cuda.get_device_name(i)
+    cpu_missing = cpu.missing()
+    serving = {}
+    for kind in dict.fromkeys(name.split(":")[0] for name in [*devices, "cuda"]):
+        name, why = select.automatic(kind)
+        serving[kind] = {"backend": name, "why": why}
+    return {
+        "versions": {
+            "fastvq": fastvq.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": _version("numpy"),
+            "triton": _version("triton"),
+        },
+        "built": {"cpu": _built("fastvq._cpu"), "cuda": _built("fastvq._cuda")},
+        "instruction_sets": {
+            "available": [] if cpu_missing else cpu.extension().instruction_sets(),
+            "in_use": None if cpu_missing else cpu.extension().instruction_set(),
+        },
+        "devices": devices,
+        "backends": {name: select.missing(name) or "ready" for name in select.BACKENDS if name != "auto"},
+        "requested": select.requested(),
+        "serving": serving,
+    }
+
+
+def render(info: dict[str, Any]) -> str:
+    """The report as a person reads it."""
+    sets = info["instruction_sets"]
+    lines = [f"{name:<12}{version or 'not installed'}" for name, version in info["versions"].items()]
+    lines += ["", "built"]
+    lines += [f"  {name:<10}{'yes' if built else 'no'}" for name, built in info["built"].items()]
+    lines += ["", "instruction sets"]
+    lines += [f"  in use    {sets['in_use']} (of {', '.join(sets['available'])})" if sets["in_use"] else "  none"]
+    lines += ["", "devices"]
+    lines += [f"  {name:<10}{description}" for name, description in info["devices"].items()]
+    lines += ["", "backends"]
+    lines += [f"  {name:<10}{state}" for name, state in info["backends"].items()]
+    lines += ["", f"who serves (asked for: {info['requested']})"]
+    for device, served in info["serving"].items():
+        why = f" ({served['why']})" if served["why"] else ""
+        lines.append(f"  {device:<10}{served['backend']}{why}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 0, or 2 with one line on standard error for a bad setting."""
+    parser = argparse.ArgumentParser(prog="fastvq info", description="What was built, what was found, who serves.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        info = collect()
+    except ValueError as error:
+        print(f"fastvq info: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(info, indent=2) if arguments.json else render(info))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
