@@ -1,0 +1,7 @@
+"""`python -m fastvq`: the command line."""
+
+import sys
+
+from fastvq.cli import main
+
+sys.exit(main())
