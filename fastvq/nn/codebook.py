@@ -110,9 +110,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_from(self, rows: Tensor, mask: Tensor | None) -> None:
         """Before the first batch with rows (H, B, T, D), mask (H, B, T): their k-means, where that was asked for."""
-        found = rows.shape[1:3].numel()
-        if self._ready or found == 0:
+        if self._ready or rows.numel() == 0:
             return
+        found = rows.shape[1] * rows.shape[2]
         if found < self.codebook_size:
             warnings.warn(
                 f"k-means starts {self.codebook_size} codes from {found} rows: some codes will be equal",
@@ -145,7 +145,7 @@ class Codebook(nn.Module):
         )
         if self.ema_update and self.metric == "cosine":
             self.embed.copy_(l2norm(self.embed))
-        if self.threshold > 0 and rows.shape[1:3].numel() > 0:
+        if self.threshold > 0 and rows.numel() > 0:
             self._replace_dead_codes(rows, mask)
 
     def _replace_dead_codes(self, rows: Tensor, mask: Tensor | None) -> None:

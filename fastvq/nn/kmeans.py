@@ -14,7 +14,7 @@ from fastvq.nn.sampling import random_order, take_rows
 def _first_means(rows: Tensor, codebook_size: int, mask: Tensor | None) -> Tensor:
     """Random rows, each once before any comes twice; zero where there is none."""
     row_mask = None if mask is None else mask.flatten(1)
-    shape = torch.Size((rows.shape[0], rows.shape[1] * rows.shape[2]))
+    shape = (rows.shape[0], rows.shape[1] * rows.shape[2])
     order, available = random_order(shape, row_mask, rows.device)
     numbers = order.gather(1, torch.arange(codebook_size, device=rows.device) % available.clamp(min=1))
     served = (available > 0).expand_as(numbers)

@@ -34,14 +34,11 @@ class _RotateGradient(torch.autograd.Function):
         q_norm = q.norm(dim=-1, keepdim=True)
         scale = q_norm / x_norm
         q_norm = q_norm.clamp(min=EPS)
-        # With u = x/|x|, p = q/|q| and w = (u + p)/|u + p| the gradient is scale (g - 2 w (w.g) + 2 u (p.g)): g, x and
-        # q, each times one number a row.
-        u_g, p_g = _dot(x, g) / x_norm, _dot(q, g) / q_norm
-        half_way = (x / x_norm).add_(q / q_norm).norm(dim=-1, keepdim=True).clamp(min=EPS)
-        w_g = (u_g + p_g) / half_way.square()
-        turned = g * scale
-        turned.addcmul_(x, 2 * scale * (p_g - w_g) / x_norm)
-        turned.addcmul_(q, -2 * scale * w_g / q_norm)
+        # w = h / |h|: three vectors, each times one number a row. h by itself, since it vanishes as x turns from q.
+        h = (x / x_norm).add_(q / q_norm)
+        along_h = _dot(h, g) / h.norm(dim=-1, keepdim=True).clamp(min=EPS).square()
+        turned = (g * scale).addcmul_(h, -2 * scale * along_h)
+        turned.addcmul_(x, 2 * scale * _dot(q, g) / (q_norm * x_norm))
         return None, turned.to(grad.dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def random_order(shape: torch.Size, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_order(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """The numbers 0 .. N-1 in random order for each head, those that the mask leaves out after all others.
 
     Args:
@@ -46,12 +46,12 @@ def rows_for_codes(rows: Tensor, wanted: Tensor, mask: Tensor | None) -> tuple[T
     """
     codes = wanted.shape[1]
     row_mask = None if mask is None else mask.flatten(1)
-    shape = torch.Size((rows.shape[0], rows.shape[1] * rows.shape[2]))
+    shape = (rows.shape[0], rows.shape[1] * rows.shape[2])
     order, available = random_order(shape, row_mask, rows.device)
     if mask is None and shape[1] >= codes:
         place = wanted.cumsum(1) - 1
     else:
-        queue, _ = random_order(wanted.shape, wanted, rows.device)
+        queue, _ = random_order((wanted.shape[0], codes), wanted, rows.device)
         place = torch.empty_like(queue).scatter_(1, queue, torch.arange(codes, device=rows.device).expand_as(queue))
     numbers = order.gather(1, place.clamp(0, shape[1] - 1))
     return take_rows(rows, numbers), wanted & (place < available)

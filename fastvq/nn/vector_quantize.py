@@ -288,6 +288,8 @@ class VectorQuantize(nn.Module):
         )
         tokens = self._tokens(x)
         token_mask = self._token_mask(x, tokens, mask, lens)
+        if token_mask is not None:
+            tokens = torch.where(token_mask.unsqueeze(-1), tokens, 0.0)  # padding may hold anything, NaN too
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
 
         rows = self._rows(self.project_in(tokens))
@@ -328,8 +330,8 @@ class VectorQuantize(nn.Module):
         else:
             if taught:
                 loss = loss - loss.detach() / 2  # one mean((x - q)^2), with the gradients of both its halves
-            if torch.is_grad_enabled() and not loss.requires_grad:
-                loss.requires_grad_()
+            if torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
+                loss.requires_grad_()  # so that loss.backward() works on fixed features too
             if book.tracks and not frozen and not recomputing():
                 book.update(rows.detach(), indices, mask)
         if rows.requires_grad and self.rotation_trick:
@@ -404,8 +406,9 @@ class VectorQuantize(nn.Module):
                 f"indices must have heads = {self.heads} in the last dimension; got {tuple(indices.shape)}"
             )
         places = indices.shape if self.heads == 1 else indices.shape[:-1]
-        tokens = indices.reshape(1, -1, self.heads)
-        return self._join_heads(self._codebook.lookup(self._rows(tokens).squeeze(-1))).reshape(*places, -1)
+        rows = self._rows(indices.reshape(1, -1, self.heads)).squeeze(-1)
+        codes = self._join_heads(self._codebook.lookup(rows))
+        return codes.reshape(*places, codes.shape[-1])
 
     def extra_repr(self) -> str:
         """The arguments that matter most, for `print`."""

@@ -1,0 +1,240 @@
+"""Every argument is supported, or refused by name; bad ones get an error that says what came and what is needed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from common import CODES, DIM, pair
+from torch import nn
+from vector_quantize_pytorch import VectorQuantize as Peer
+
+import fastvq
+
+SUPPORTED = {
+    *("dim", "codebook_size", "codebook_dim", "heads", "separate_codebook_per_head", "decay", "eps", "kmeans_init"),
+    *("kmeans_iters", "use_cosine_sim", "threshold_ema_dead_code", "channel_last", "accept_image_fmap"),
+    *("commitment_weight", "learnable_codebook", "ema_update", "rotation_trick", "freeze_codebook"),
+}
+NOT_YET: dict[str, Any] = {
+    "sync_kmeans": False,
+    "layernorm_after_project_in": True,
+    "accept_3d_fmap": True,
+    "commitment_use_cross_entropy_loss": True,
+    "orthogonal_reg_weight": 0.1,
+    "orthogonal_reg_active_codes_only": True,
+    "orthogonal_reg_max_codes": 5,
+    "codebook_diversity_loss_weight": 1,
+    "codebook_diversity_temperature": 10.0,
+    "stochastic_sample_codes": True,
+    "sample_codebook_temp": 0.5,
+    "straight_through": True,
+    "directional_reparam": True,
+    "directional_reparam_variance": 1e-2,
+    "sync_codebook": True,
+    "sync_affine_param": True,
+    "vq_bridge": nn.Identity(),
+    "manual_ema_update": True,
+    "in_place_codebook_optimizer": torch.optim.SGD,
+    "manual_in_place_optimizer_update": True,
+    "affine_param": True,
+    "affine_param_batch_decay": 0.5,
+    "affine_param_codebook_decay": 0.5,
+    "sync_update_v": 0.5,
+    "return_zeros_for_masked_padding": False,
+    "route_gradients_to_input": False,
+}
+FORWARD_SUPPORTED = {"x", "mask", "lens", "freeze_codebook"}
+FORWARD_NOT_YET: dict[str, Any] = {
+    "indices": torch.zeros(3, 11, dtype=torch.int64),
+    "topk": 2,
+    "sample_codebook_temp": 1.0,
+    "return_loss_breakdown": True,
+    "codebook_transform_fn": lambda codes: codes,
+    "ema_update_weight": torch.ones(CODES),
+    "accum_ema_update": True,
+    "ema_update": False,
+}
+
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return {k: p for k, p in inspect.signature(function).parameters.items() if k != "self"}
+
+
+def test_the_lists_are_whole() -> None:
+    assert parameters(Peer.__init__).keys() == SUPPORTED | NOT_YET.keys()
+    assert parameters(Peer.forward).keys() == FORWARD_SUPPORTED | FORWARD_NOT_YET.keys()
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_constructor_refuses(name: str) -> None:
+    default = parameters(Peer.__init__)[name].default
+    with pytest.raises(
+        NotImplementedError, match=rf"VectorQuantize does not support {name} yet: it must be {default!r};"
+    ):
+        fastvq.VectorQuantize(DIM, CODES, **{name: NOT_YET[name]})
+    fastvq.VectorQuantize(DIM, CODES, **{name: default})
+
+
+@pytest.mark.parametrize("name", FORWARD_NOT_YET)
+def test_forward_refuses(name: str) -> None:
+    layer, x = fastvq.VectorQuantize(DIM, CODES), torch.randn(3, 11, DIM)
+    default = parameters(Peer.forward)[name].default
+    with pytest.raises(
+        NotImplementedError, match=rf"VectorQuantize.forward does not support {name} yet: .*{default!r};"
+    ):
+        layer(x, **{name: FORWARD_NOT_YET[name]})
+    layer(x, **{name: default})
+
+
+def test_defaults_may_be_given_as_other_numbers() -> None:
+    fastvq.VectorQuantize(DIM, CODES, orthogonal_reg_weight=0, codebook_diversity_temperature=100, sync_update_v=0)
+
+
+def test_unknown_arguments_are_type_errors() -> None:
+    with pytest.raises(TypeError, match="codebook_sizes"):
+        fastvq.VectorQuantize(DIM, CODES, codebook_sizes=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="masks"):
+        fastvq.VectorQuantize(DIM, CODES)(torch.randn(3, DIM), masks=None)
+
+
+BAD = [
+    ({"dim": 0}, ValueError, "dim must be at least 1; got 0"),
+    ({"dim": 7.0}, TypeError, "dim must be an int; got float"),
+    ({"codebook_size": 0}, ValueError, "codebook_size must be at least 1; got 0"),
+    ({"codebook_size": "16"}, TypeError, "codebook_size must be an int; got str"),
+    ({"codebook_dim": 0}, ValueError, "codebook_dim must be at least 1; got 0"),
+    ({"heads": 0}, ValueError, "heads must be at least 1; got 0"),
+    ({"heads": True}, TypeError, "heads must be an int; got bool"),
+    ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be at least 0; got -1"),
+    ({"decay": 1.5}, ValueError, "decay must be from 0 to 1; got 1.5"),
+    ({"decay": float("nan")}, ValueError, "decay must be from 0 to 1; got nan"),
+    ({"decay": None}, TypeError, "decay must be a number; got NoneType"),
+    ({"eps": -1e-5}, ValueError, "eps must be at least 0; got -1e-05"),
+    ({"threshold_ema_dead_code": -1}, ValueError, "threshold_ema_dead_code must be at least 0; got -1"),
+    ({"commitment_weight": float("inf")}, ValueError, "commitment_weight must be finite; got inf"),
+    ({"commitment_weight": "1"}, TypeError, "commitment_weight must be a number; got str"),
+    ({"learnable_codebook": True}, ValueError, "learnable_codebook=True needs ema_update=False"),
+    (
+        {"learnable_codebook": True, "ema_update": False, "use_cosine_sim": True},
+        ValueError,
+        "learnable_codebook=True needs use_cosine_sim=False",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[str(b[0]) for b in BAD])
+def test_bad_constructor_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        fastvq.VectorQuantize(**({"dim": DIM, "codebook_size": CODES} | options))
+    assert message in str(caught.value)
+
+
+MASK = torch.ones(3, 11, dtype=torch.bool)
+BAD_CALLS = [
+    ({}, {"x": [[1.0]]}, TypeError, "x must be a torch.Tensor; got list"),
+    (
+        {},
+        {"x": torch.zeros(3, 11, 8)},
+        ValueError,
+        "x must have shape (B, N, dim) or (B, dim), with dim = 7; got (3, 11, 8)",
+    ),
+    ({}, {"x": torch.zeros(3, 8)}, ValueError, "with dim = 7; got (3, 8)"),
+    ({}, {"x": torch.zeros(7)}, ValueError, "with dim = 7; got (7,)"),
+    ({}, {"x": torch.zeros(2, 3, 4, 7)}, ValueError, "with dim = 7; got (2, 3, 4, 7)"),
+    ({}, {"x": torch.zeros(3, 7, dtype=torch.int64)}, TypeError, "x must be float32"),
+    (
+        {"channel_last": False},
+        {"x": torch.zeros(3, 11, 7)},
+        ValueError,
+        "as channel_last=False asks, with dim = 7; got (3, 11, 7)",
+    ),
+    (
+        {"accept_image_fmap": True},
+        {"x": torch.zeros(3, 4, 5, 7)},
+        ValueError,
+        "as accept_image_fmap asks, with dim = 7; got (3, 4, 5, 7)",
+    ),
+    ({"accept_image_fmap": True}, {"x": torch.zeros(3, 7, 5)}, ValueError, "as accept_image_fmap asks"),
+    ({}, {"mask": MASK, "lens": torch.ones(3, dtype=torch.int64)}, ValueError, "mask and lens"),
+    ({}, {"mask": MASK.float()}, TypeError, "mask must be bool; got torch.float32"),
+    ({}, {"mask": MASK[:, :5]}, ValueError, "mask must have shape (3, 11); got (3, 5)"),
+    ({}, {"mask": [True]}, TypeError, "mask must be a torch.Tensor; got list"),
+    ({}, {"lens": torch.ones(3)}, TypeError, "lens must be int64 or int32; got torch.float32"),
+    ({}, {"lens": torch.ones(11, dtype=torch.int64)}, ValueError, "lens must have shape (3,); got (11,)"),
+    ({}, {"lens": 4}, TypeError, "lens must be a torch.Tensor; got int"),
+    ({}, {"x": torch.zeros(3, 7), "mask": MASK}, ValueError, "mask needs x with a dimension of tokens"),
+    (
+        {"accept_image_fmap": True},
+        {"x": torch.zeros(3, 7, 5, 5), "mask": MASK},
+        ValueError,
+        "mask needs x with a dimension of tokens",
+    ),
+    (
+        {"accept_image_fmap": True},
+        {"x": torch.zeros(3, 7, 5, 5), "lens": torch.ones(3, dtype=torch.int64)},
+        ValueError,
+        "lens needs x",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "call", "error", "message"), BAD_CALLS, ids=[b[3] for b in BAD_CALLS])
+def test_bad_inputs(options: dict[str, Any], call: dict[str, Any], error: type[Exception], message: str) -> None:
+    layer = fastvq.VectorQuantize(DIM, CODES, **options)
+    with pytest.raises(error) as caught:
+        layer(**({"x": torch.zeros(3, 11, 7)} | call))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["get_codes_from_indices", "get_output_from_indices"])
+def test_bad_indices(method: str) -> None:
+    layer = fastvq.VectorQuantize(DIM, CODES, heads=2)
+    with pytest.raises(TypeError, match=r"indices must be a torch.Tensor; got list"):
+        getattr(layer, method)([0, 1])
+    with pytest.raises(TypeError, match=r"indices must be int64 or int32; got torch.float32"):
+        getattr(layer, method)(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"indices must have heads = 2 in the last dimension; got \(2, 3\)"):
+        getattr(layer, method)(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(IndexError):
+        getattr(layer, method)(torch.full((3, 2), CODES))
+
+
+def test_bad_codebooks() -> None:
+    layer, _ = pair()
+    with pytest.raises(TypeError, match=r"codebook must be a torch.Tensor; got list"):
+        layer.codebook = [1.0]
+    with pytest.raises(ValueError, match=r"codebook must have shape \(13, 7\); got \(7, 13\)"):
+        layer.codebook = torch.zeros(DIM, CODES)
+    separate, _ = pair(heads=2, separate_codebook_per_head=True)
+    with pytest.raises(ValueError, match=r"codebook must have shape \(2, 13, 7\); got \(13, 7\)"):
+        separate.codebook = torch.zeros(CODES, DIM)
+
+
+def test_attributes_that_people_read() -> None:
+    ours, theirs = pair(heads=2, codebook_dim=3, channel_last=False, commitment_weight=0.5, eps=1e-4)
+    for name in (
+        *(
+            "dim",
+            "codebook_size",
+            "heads",
+            "eps",
+            "channel_last",
+            "has_projections",
+            "learnable_codebook",
+            "ema_update",
+        ),
+        *("commitment_weight", "rotation_trick", "freeze_codebook", "use_cosine_sim", "separate_codebook_per_head"),
+        *("accept_image_fmap",),
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert "codebook_dim=3" in repr(ours)
+
+
+@pytest.mark.parametrize(
+    ("dim", "given", "wanted"), [(7, None, True), (1, None, False), (1, True, True), (7, False, False)]
+)
+def test_rotation_trick_is_the_default_in_more_than_one_dimension(dim: int, given: bool | None, wanted: bool) -> None:
+    assert fastvq.VectorQuantize(dim, CODES, rotation_trick=given).rotation_trick is wanted

@@ -1,0 +1,173 @@
+"""What the layer carries from step to step, through casts, copies, checkpoints and hands on the codebook."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from common import CODES, DIM, assert_same, pair, step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastvq
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 2, "separate_codebook_per_head": True}, {"use_cosine_sim": True}], ids=str
+)
+def test_assigned_codes_stay(options: dict[str, object]) -> None:
+    """The peer's next step drags them back to its old averages."""
+    layer, _ = pair(**options)
+    step(layer, torch.randn(30, DIM))
+    codes = nn.functional.normalize(torch.randn(layer.codebook.shape), dim=-1)
+    layer.codebook = codes
+    torch.testing.assert_close(layer.codebook, codes, rtol=1e-6, atol=1e-7)
+    layer(torch.empty(0, DIM))  # a step without rows: the averages alone
+    torch.testing.assert_close(layer.codebook, codes, rtol=1e-4, atol=1e-5)
+
+
+def test_assigned_codes_of_a_cosine_codebook_are_normalised() -> None:
+    layer, _ = pair(use_cosine_sim=True)
+    codes = 5 * torch.randn(CODES, DIM)
+    layer.codebook = codes
+    torch.testing.assert_close(layer.codebook, nn.functional.normalize(codes, dim=-1))
+
+
+def test_assigned_codes_take_the_place_of_kmeans() -> None:
+    layer = fastvq.VectorQuantize(DIM, CODES, kmeans_init=True).eval()
+    codes = torch.randn(CODES, DIM)
+    layer.codebook = codes
+    layer(torch.randn(30, DIM))
+    assert torch.equal(layer.codebook, codes)
+
+
+def test_assigning_to_a_learnable_codebook_keeps_the_parameter() -> None:
+    layer, _ = pair(learnable_codebook=True, ema_update=False)
+    (before,) = layer.parameters()
+    codes = torch.randn(CODES, DIM)
+    layer.codebook = codes
+    assert next(layer.parameters()) is before
+    assert torch.equal(layer.codebook, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_modules_keep_their_averages(dtype: torch.dtype) -> None:
+    layer, _ = pair(decay=0.99, codebook_dim=3)
+    wide = copy.deepcopy(layer)
+    layer.to(dtype)
+    assert layer.project_in.weight.dtype == dtype
+    assert {b.dtype for b in layer._codebook.buffers()} == {torch.float32, torch.bool}
+    for seed in range(100):
+        x = torch.randn(64, DIM, generator=torch.Generator().manual_seed(seed))
+        quantized, _, loss = layer(x.to(dtype))
+        assert (quantized.dtype, loss.dtype) == (dtype, torch.float32)
+        wide(x)
+    sizes = layer._codebook.cluster_size, wide._codebook.cluster_size
+    torch.testing.assert_close(*(s.sum() for s in sizes), rtol=1e-4, atol=0)
+    layer.float().double()
+    assert layer._codebook.embed.dtype == torch.float64
+
+
+def test_a_learnable_codebook_is_cast() -> None:
+    layer, _ = pair(learnable_codebook=True, ema_update=False)
+    assert layer.bfloat16()._codebook.embed.dtype == torch.bfloat16
+    quantized, _, loss = layer(torch.randn(30, DIM, dtype=torch.bfloat16))
+    (quantized.float().sum() + loss).backward()
+
+
+def test_checkpoints_carry_whether_kmeans_is_done() -> None:
+    done = fastvq.VectorQuantize(DIM, CODES, kmeans_init=True)
+    new = copy.deepcopy(done.state_dict())
+    done(torch.randn(30, DIM))
+    for source, wanted in ((done.state_dict(), True), (new, False)):
+        layer = fastvq.VectorQuantize(DIM, CODES, kmeans_init=not wanted).eval()
+        layer.load_state_dict(source)
+        layer(torch.randn(30, DIM))
+        assert torch.equal(layer.codebook, done.codebook) == wanted
+    nested = nn.Sequential(nn.Linear(DIM, DIM), fastvq.VectorQuantize(DIM, CODES, kmeans_init=True)).eval()
+    nested[1].load_state_dict(copy.deepcopy(done.state_dict()), assign=True)
+    nested(torch.randn(30, DIM))
+    assert torch.equal(nested[1].codebook, done.codebook)
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_copies_go_on_alike(copied: str) -> None:
+    layer = fastvq.VectorQuantize(DIM, CODES, kmeans_init=True, threshold_ema_dead_code=2)
+    step(layer, torch.randn(30, DIM))
+    if copied == "deepcopy":
+        twin = copy.deepcopy(layer)
+    else:
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    x = torch.randn(30, DIM)
+    assert_same(step(layer, x), step(twin, x), rtol=0, atol=0)
+
+
+def test_built_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = fastvq.VectorQuantize(DIM, CODES, codebook_dim=3)
+    source, _ = pair(codebook_dim=3)
+    layer.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
+    x = torch.randn(30, DIM)
+    assert_same(step(layer, x), step(source, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"threshold_ema_dead_code": 3}], ids=str)
+def test_the_gradient_is_of_the_codes_that_were_used(options: dict[str, object]) -> None:
+    """The codes move in place before the backward pass; two forwards before it must not disturb each other."""
+    layer, _ = pair(rotation_trick=False, **options)
+    x = [torch.randn(40, DIM, requires_grad=True) for _ in range(2)]
+    results = [layer(rows) for rows in x]
+    sum(loss for _, _, loss in results).backward()
+    for rows, (quantized, _, _) in zip(x, results, strict=True):
+        other = rows.detach().clone().requires_grad_()
+        normal = nn.functional.normalize(other, dim=-1) if layer.use_cosine_sim else other
+        (normal - quantized.detach()).square().mean().backward()
+        torch.testing.assert_close(rows.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kmeans_init": True, "threshold_ema_dead_code": 3}], ids=str)
+def test_activation_checkpointing_learns_once(reentrant: bool, options: dict[str, object]) -> None:
+    """The peer moves its averages in the recomputation too, and takes the gradient from other codes."""
+    plain, checkpointed = (pair(decay=0.5, **options)[0] for _ in range(2))
+    for seed in range(3):
+        found = []
+        for layer in (plain, checkpointed):
+            torch.manual_seed(seed)
+            x = torch.randn(40, DIM, requires_grad=True)
+            if layer is plain:
+                quantized, _, loss = layer(x)
+            else:
+                quantized, _, loss = checkpoint(layer, x, use_reentrant=reentrant)
+            (quantized.sin().sum() + loss).backward()
+            found.append({"x": x.grad, "loss": loss.detach()} | layer.state_dict())
+        assert_same(found[1], found[0], rtol=0, atol=0)
+
+
+def test_nothing_is_learnt_in_eval_mode_or_of_a_frozen_codebook() -> None:
+    layer, _ = pair(threshold_ema_dead_code=100)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(30, DIM), freeze_codebook=True)
+    layer.eval()(torch.randn(30, DIM))
+    assert_same(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_quantized_is_exactly_the_codes() -> None:
+    """Of the rotation trick and the straight-through estimator too, where the peer's are off by rounding."""
+    for options in ({}, {"rotation_trick": False}, {"use_cosine_sim": True}):
+        layer, _ = pair(**options)
+        codes = layer.codebook.clone()
+        quantized, indices, _ = layer(torch.randn(50, DIM, requires_grad=True))
+        assert torch.equal(quantized, codes[indices])
+
+
+def test_a_projection_is_trained_though_the_input_is_fixed() -> None:
+    """The peer passes no gradient to project_in when its input needs none."""
+    layer, _ = pair(codebook_dim=3, commitment_weight=0.0)
+    layer(torch.randn(50, DIM))[0].sin().sum().backward()
+    assert layer.project_in.weight.grad.abs().sum() > 0
