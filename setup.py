@@ -25,10 +25,6 @@ ROOT = Path(__file__).parent
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
-    "avx512vnni": [
-        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"],
-        "-mprefer-vector-width=512",
-    ],
 }
 # No contraction: the contract rounds each operation on its own, and the screen asks for its FMAs by name.
 CPU_FLAGS = [
@@ -96,30 +92,35 @@ class NinjaFile:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.folder)], check=True)
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(self.folder)], check=True)
 
 
-def build_cpu(folder: Path, library: Path) -> None:
-    """Compile csrc/cpu, each file for its instruction set, and the bindings."""
+def link_cpu(folder: Path, output: Path, sources: list[Path], flags: list[str], link_flags: list[str]) -> Path:
+    """Compile C++ sources, each for the instruction set its name ends in, and link them."""
     compiler = cpu_compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 and accepts(compiler, flags)}
+    sets = {name: set_flags for name, set_flags in INSTRUCTION_SETS.items() if x86 and accepts(compiler, set_flags)}
     defines = [f"-DFASTVQ_HAS_{name.upper()}" for name in sets]
     file = NinjaFile(folder)
     file.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-    file.rule("link", f"{compiler} -shared $in -o $out $flags")
+    file.rule("link", f"{compiler} $in -o $out $flags")
     objects = []
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+    for source in sources:
         ending = source.stem.rsplit("_", 1)[-1]
         if ending in INSTRUCTION_SETS and ending not in sets:
             continue
-        flags = [*CPU_FLAGS, *defines, *sets.get(ending, [])]
-        objects.append(file.build(folder / f"{source.stem}.o", "cxx", [source], flags))
-    binding = ROOT / "csrc" / "bindings" / "cpu.cpp"
-    objects.append(file.build(folder / "binding.o", "cxx", [binding], [*CPU_FLAGS, *defines, *python_includes()]))
-    system = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl", "-pthread"]
-    file.build(library, "link", objects, system)
+        object_flags = [*CPU_FLAGS, *defines, *sets.get(ending, []), *flags]
+        objects.append(file.build(folder / f"{source.parent.name}_{source.stem}.o", "cxx", [source], object_flags))
+    file.build(output, "link", objects, link_flags)
     file.run()
+    return output
+
+
+def build_cpu(folder: Path, library: Path) -> None:
+    """Compile csrc/cpu and its bindings."""
+    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "bindings" / "cpu.cpp"]
+    system = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl", "-pthread"]
+    link_cpu(folder, library, sources, python_includes(), ["-shared", *system])
 
 
 def build_cuda(folder: Path, library: Path) -> None:
@@ -168,11 +169,12 @@ class NinjaBuild(build_ext):
 
 PACKAGES = ["backends", "cli", "data", "models", "nn", "training"]
 
-setup(
-    packages=["fastvq", *[f"fastvq.{name}" for name in PACKAGES], "fastvq.kernels"],
-    package_dir={"fastvq": "fastvq", "fastvq.kernels": "kernels"},
-    package_data={"fastvq": ["py.typed"]},
-    ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
-    cmdclass={"build_ext": NinjaBuild},
-    zip_safe=False,
-)
+if __name__ == "__main__":
+    setup(
+        packages=["fastvq", *[f"fastvq.{name}" for name in PACKAGES], "fastvq.kernels"],
+        package_dir={"fastvq": "fastvq", "fastvq.kernels": "kernels"},
+        package_data={"fastvq": ["py.typed"], "fastvq.cli": ["*.j2"]},
+        ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
+        cmdclass={"build_ext": NinjaBuild},
+        zip_safe=False,
+    )

@@ -122,7 +122,8 @@ void PackedCodebook::prepare_screen(int threads) {
   });
   Statistics all{std::vector<double>(width, 0.0)};
   for (const Statistics& s : partial) all.add(s);
-  if (all.finite == 0) return;
+  // A dot product with an infinity can be the largest of all: such a codebook is not screened.
+  if (all.finite == 0 || (view_.metric == Metric::kDot && all.finite != view_.size)) return;
 
   // Centring pays when the mean is not small beside the spread; when it is, the codes as they are have no rounding.
   double mean_norm = 0;
