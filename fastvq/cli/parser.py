@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
 from fastvq.data.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,25 +32,26 @@ class OneLineParser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+    return _number(text, int, lambda value: value >= 1, "a whole number, at least 1")
 
 
 def seed(text: str) -> int:
     """A whole number that a generator takes."""
-    value = int(text)
-    if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2^63 - 1; got {value}")
-    return value
+    return _number(text, int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 
 
 def positive_float(text: str) -> float:
     """A finite number above 0."""
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return _number(text, float, lambda value: 0.0 < value < math.inf, "a number above 0")
+
+
+def _number(text: str, kind: Callable[[str], Number], holds: Callable[[Number], bool], need: str) -> Number:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"must be {need}; got {text}")
     return value
 
 

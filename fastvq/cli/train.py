@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.data is None:
             raise UserError("--data is required (photos, digits, a folder of images, or a .npy file)")
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        if not checkpoints.is_free(args.out):
             raise UserError(f"--out {args.out} exists and is not an empty folder; --resume goes on with a run")
         images = load(args.data)
         settings = _settings(args, images)

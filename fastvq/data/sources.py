@@ -17,10 +17,10 @@ from fastvq.data.images import read_image
 
 # The photographs in the scikit-image wheel; whole ones are held out. The two views of one motorcycle stay together.
 PHOTOS_TRAIN = (
-    *("astronaut.png", "brick.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png"),
+    *("brick.png", "coffee.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png"),
     *("moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg"),
 )
-PHOTOS_HELD_OUT = ("camera.png", "chelsea.png", "coffee.png")
+PHOTOS_HELD_OUT = ("astronaut.png", "camera.png", "chelsea.png")
 
 
 @dataclass(frozen=True)

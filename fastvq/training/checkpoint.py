@@ -123,6 +123,13 @@ def exists(run: Path) -> bool:
     return bool(_folders(run))
 
 
+def is_free(run: Path) -> bool:
+    """Whether a run can start here: nothing is there, or what a crash before the first checkpoint has left."""
+    if not run.exists():
+        return True
+    return run.is_dir() and not exists(run) and all(path.name == "checkpoints" for path in run.iterdir())
+
+
 def load_model(run: Path, device: torch.device | str = "cpu") -> tuple[VQVAE, TrainSettings]:
     """The newest model of a run, ready to encode and decode, and the settings of the run.
 

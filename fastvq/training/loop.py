@@ -167,8 +167,10 @@ def train(
             if saved.settings != settings:
                 raise CheckpointError(f"run {run} was started with other settings: {saved.settings}")
             trainer.restore(saved)
-        elif run.exists() and any(run.iterdir()):
-            raise CheckpointError(f"run {run} exists and is not empty; resume it, or choose another folder")
+        elif not checkpoints.is_free(run):
+            raise CheckpointError(f"run {run} exists and is not an empty folder; resume it, or choose another")
+        # The checkpoint of step 0 comes first: a run that has begun can always be resumed.
+        checkpoints.save(run, trainer.checkpoint())
         channels = settings.model.in_channels
         held_out = next(CropBatches(images.held_out, settings.crop, channels, HELD_OUT_CROPS, seed=0)).to(device)
         with MetricsLog(run, trainer.step) as log:
