@@ -132,10 +132,14 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, rows: Tensor, indices: Tensor, mask: Tensor | None) -> None:
         """Learn from rows (H, B, T, D), their indices (H, B, T) and mask: move the averages, replace dead codes."""
+        self._move_averages(rows, indices, mask)
+        if self.threshold > 0 and rows.numel() > 0:
+            self._replace_dead_codes(rows, mask)
+
+    def _move_averages(self, rows: Tensor, indices: Tensor, mask: Tensor | None) -> None:
         counts, sums = code_sums(rows, indices, self.codebook_size, mask=mask, per_head=True)
-        moved = self.embed if self.ema_update else torch.empty_like(self.embed)
         ema_update_(
-            moved,
+            self.embed if self.ema_update else torch.empty_like(self.embed),
             self.cluster_size,
             self.embed_avg,
             all_reduce_(counts),
@@ -145,15 +149,13 @@ class Codebook(nn.Module):
         )
         if self.ema_update and self.metric == "cosine":
             self.embed.copy_(l2norm(self.embed))
-        if self.threshold > 0 and rows.numel() > 0:
-            self._replace_dead_codes(rows, mask)
 
     def _replace_dead_codes(self, rows: Tensor, mask: Tensor | None) -> None:
         """Codes in too little use start again as rows of the batch, each with a cluster_size of the threshold."""
         drawn, served = rows_for_codes(rows, self.cluster_size < self.threshold, mask)
         drawn, served = take_turns(drawn.to(self.embed), served)
         chosen = served.unsqueeze(-1)
-        drawn = drawn.masked_fill(~chosen, 0.0)
+        drawn.masked_fill_(~chosen, 0.0)
         self.cluster_size.masked_fill_(served, self.threshold)
         self.embed.masked_fill_(chosen, 0.0).add_(drawn)
         self.embed_avg.masked_fill_(chosen, 0.0).add_(drawn, alpha=self.threshold)

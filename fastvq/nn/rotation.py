@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,10 +10,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-6  # the smallest norm divided by, that of vector-quantize-pytorch
+_PIECE = 1 << 18  # elements of a tensor that are turned at once on the CPU
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, of one shape (..., D), cut alike into rows that stay in cache, where they lie."""
+    shape = tensors[0].shape[:-1]
+    if tensors[0].numel() <= _PIECE or max(shape, default=1) == 1:
+        yield tensors
+        return
+    for parts in zip(*(t.tensor_split(2, shape.index(max(shape))) for t in tensors), strict=True):
+        yield from _pieces(*parts)
+
+
+def _turn(x: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """R' g for rows x and their codes q; see `rotate_gradient`."""
+    x_norm = x.norm(dim=-1, keepdim=True).clamp(min=EPS)
+    q_norm = q.norm(dim=-1, keepdim=True)
+    scale = q_norm / x_norm
+    q_norm = q_norm.clamp(min=EPS)
+    # w = h / |h|: three vectors, each times one number a row. h by itself, since it vanishes as x turns from q.
+    h = (x / x_norm).add_(q / q_norm)
+    along_h = _dot(h, g) / h.norm(dim=-1, keepdim=True).clamp(min=EPS).square()
+    turned = (g * scale).addcmul_(h, -2 * scale * along_h)
+    return turned.addcmul_(x, 2 * scale * _dot(q, g) / (q_norm * x_norm))
 
 
 class _RotateGradient(torch.autograd.Function):
@@ -29,17 +54,12 @@ class _RotateGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         x, quantized = ctx.saved_tensors
         work = torch.promote_types(x.dtype, torch.float32)
-        x, q, g = x.to(work), quantized.to(work), grad.to(work)
-        x_norm = x.norm(dim=-1, keepdim=True).clamp(min=EPS)
-        q_norm = q.norm(dim=-1, keepdim=True)
-        scale = q_norm / x_norm
-        q_norm = q_norm.clamp(min=EPS)
-        # w = h / |h|: three vectors, each times one number a row. h by itself, since it vanishes as x turns from q.
-        h = (x / x_norm).add_(q / q_norm)
-        along_h = _dot(h, g) / h.norm(dim=-1, keepdim=True).clamp(min=EPS).square()
-        turned = (g * scale).addcmul_(h, -2 * scale * along_h)
-        turned.addcmul_(x, 2 * scale * _dot(q, g) / (q_norm * x_norm))
-        return None, turned.to(grad.dtype)
+        if torch.compiler.is_compiling() or grad.device.type != "cpu":
+            return None, _turn(x.to(work), quantized.to(work), grad.to(work)).to(grad.dtype)
+        turned = torch.empty_like(quantized)
+        for x_part, q_part, g_part, out in _pieces(x, quantized, grad, turned):
+            out.copy_(_turn(x_part.to(work), q_part.to(work), g_part.to(work)))
+        return None, turned
 
 
 def rotate_gradient(x: Tensor, quantized: Tensor) -> Tensor:

@@ -395,7 +395,7 @@ class VectorQuantize(nn.Module):
         """What `_rows` has split: (B, N, heads * D)."""
         if self.separate_codebook_per_head:
             return rows.permute(1, 2, 0, 3).flatten(2)
-        return rows[0].unflatten(1, (-1, self.heads)).flatten(2)
+        return rows.squeeze(0).unflatten(1, (-1, self.heads)).flatten(2)
 
     def _codes_at(self, indices: Tensor) -> Tensor:
         """The codes of each token side by side, (..., heads * D)."""

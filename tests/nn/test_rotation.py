@@ -8,9 +8,10 @@ from naive import rotate
 from torch import Tensor
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
+from fastvq.nn import rotation
 from fastvq.nn.rotation import rotate_gradient
 
-SHAPES = [(1, 1), (5, 1), (3, 17, 2), (31, 7), (2, 3, 5, 64)]
+SHAPES = [(1, 1), (5, 1), (3, 17, 2), (31, 7), (2, 3, 5, 64), (1, 301)]
 
 
 def ours(x: Tensor, q: Tensor) -> Tensor:
@@ -35,6 +36,21 @@ def triple(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
 def test_gradient(shape: tuple[int, ...], reference) -> None:
     x, q, g = triple(shape)
     torch.testing.assert_close(gradient(ours, x, q, g), gradient(reference, x, q, g), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(401, 7), (3, 59, 5), (2, 3, 1, 41), (1, 301), (700, 1)], ids=str)
+def test_in_pieces(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, q, g = triple(shape)
+    wanted = gradient(ours, x, q, g)
+    monkeypatch.setattr(rotation, "_PIECE", 100)
+    torch.testing.assert_close(gradient(ours, x, q, g), wanted, rtol=1e-12, atol=1e-14)
+    assert all(t[0].numel() <= 100 or t[0].shape[:-1].numel() == 1 for t in rotation._pieces(x))
+
+
+def test_rows_are_turned_where_they_lie() -> None:
+    x, q, g = (t.transpose(1, 2) for t in triple((3, 31, 199)))
+    wanted = gradient(ours, x.contiguous(), q.contiguous(), g.contiguous())
+    torch.testing.assert_close(gradient(ours, x, q, g), wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_no_rows() -> None:
