@@ -50,9 +50,6 @@ def write_report(
         "curves": curves(rows) if rows else None,
         "codebook": codebook_usage(found.counts),
     }
-    for name, picture in pictures.items():
-        if picture is not None:
-            write_bytes(folder / f"{name}.png", picture)
     page = _template().render(
         found=numbers,
         codebook_size=model.config.codebook_size,
@@ -67,6 +64,9 @@ def write_report(
         contenders={"naive_ms": "naive", "chunked_ms": "chunked", "peer_ms": "vector-quantize-pytorch"},
         versions=f"fastvq {fastvq.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     )
+    for name, picture in pictures.items():
+        if picture is not None:
+            write_bytes(folder / f"{name}.png", picture)
     path = folder / "report.html"
     write_bytes(path, page.encode())
     return path

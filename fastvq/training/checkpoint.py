@@ -22,6 +22,7 @@ from torch import Tensor
 from fastvq.data.atomic import sync
 from fastvq.data.errors import UserError
 from fastvq.models import VQVAE
+from fastvq.training.backend import check_backend
 from fastvq.training.settings import TrainSettings
 
 FORMAT = 1
@@ -135,7 +136,9 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> tuple[VQVAE, Tr
 
     Raises:
         CheckpointError: the run has no checkpoint, or it is damaged.
+        UserError, BackendUnavailableError: the backend asked for in the environment cannot serve.
     """
+    check_backend(torch.device(device))
     checkpoint = load(run)
     model = VQVAE(checkpoint.settings.model)
     restore(model, checkpoint)

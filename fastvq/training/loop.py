@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import time
@@ -12,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.backends import select
-from fastvq.data import CropBatches, Images, UserError
+from fastvq.data import CropBatches, Images
 from fastvq.models import VQVAE
 from fastvq.training import checkpoint as checkpoints
+from fastvq.training.backend import check_backend
 from fastvq.training.checkpoint import Checkpoint, CheckpointError
 from fastvq.training.interrupt import stop_requested
 from fastvq.training.log import MetricsLog, Row
 from fastvq.training.metrics import CodebookUse, code_counts
 from fastvq.training.settings import TrainSettings
 
+PACKAGES = ("safetensors.torch", "torch.utils.tensorboard", "tqdm")  # imported where they are used
 HELD_OUT_CROPS = 64  # for the curve; `evaluate` judges on whole images
 SHOWN_CROPS = 8
 
@@ -157,9 +159,12 @@ def train(
         CheckpointError: the run exists (without `resume`), does not exist (with it), is damaged, or has other settings.
         UserError: the backend asked for in the environment does not exist.
         BackendUnavailableError: it cannot serve here.
+        ModuleNotFoundError: a package of the extra "train" is missing. Like the others: before anything is written.
     """
     device = torch.device(device)
     check_backend(device)
+    for name in PACKAGES:
+        importlib.import_module(name)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), stop_requested() as stop:
         trainer = Trainer.fresh(settings, images, device)
         if resume:
@@ -177,19 +182,6 @@ def train(
             _loop(trainer, run, steps, held_out, log, stop)
         folder = checkpoints.save(run, trainer.checkpoint())
     return TrainResult(trainer.step, trainer.step < steps, folder)
-
-
-def check_backend(device: torch.device) -> None:
-    """Make sure that the quantiser will run, before anything is written.
-
-    Raises:
-        UserError: FASTVQ_BACKEND names no backend.
-        BackendUnavailableError: the backend it names cannot serve here.
-    """
-    try:
-        select.backend_for(None, device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _loop(trainer: Trainer, run: Path, steps: int, held_out: Tensor, log: MetricsLog, stop: threading.Event) -> None:
