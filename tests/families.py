@@ -1,5 +1,6 @@
 """Rows and codes of every kind that has ever broken a nearest-code search, deterministic by seed."""
 
+import numpy as np
 import torch
 
 # name: dtype of the rows, dtype of the codes
@@ -20,17 +21,17 @@ class _Draw:
     """One seeded source of random numbers; float64, to be rounded to the dtypes at the end."""
 
     def __init__(self, seed, x_dtype, code_dtype):
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = np.random.default_rng(seed)  # three times as fast as torch's
         self.dtypes = x_dtype, code_dtype
 
     def normal(self, *shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+        return torch.from_numpy(self.generator.standard_normal(shape))
 
     def uniform(self, *shape):
-        return torch.rand(*shape, dtype=torch.float64, generator=self.generator)
+        return torch.from_numpy(self.generator.random(shape))
 
     def below(self, high, *shape):
-        return torch.randint(high, shape, generator=self.generator)
+        return torch.from_numpy(self.generator.integers(high, size=shape))
 
 
 def gaussian(draw, n, k, d):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import Case, assert_same_bits, assert_same_indices, check, grid, whole_grid
+from compare import Case, assert_same_bits, assert_same_indices, check, expected, grid, threads, whole_grid
 from families import DTYPES, FAMILIES, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,10 +20,6 @@ import fastvq
 METRICS = ("euclidean", "cosine", "dot")
 # Each backend that is not the specification, against it.
 COMPILED = pytest.mark.parametrize("engine", ["cpu"])
-
-
-def expected(x, codebook, metric="euclidean"):
-    return fastvq.search(x, codebook, metric=metric, return_distance=True, backend="reference")
 
 
 # ---- the specification itself -----------------------------------------------------------------------------------
@@ -59,7 +55,7 @@ def test_indices_and_distances_are_those_of_the_definition(backend, family, dtyp
 
 # ---- the grid ---------------------------------------------------------------------------------------------------
 
-BUDGET = {"budget": 1_000_000, "most": 1023}
+BUDGET = {"budget": 250_000, "most": 511}
 SOAK = {"budget": 4_000_000, "most": 4095, "seed": 1}
 
 
@@ -102,11 +98,11 @@ def test_many_rows_on_one_thread_and_on_two(engine, family):
     for dtype, n, k, d in (("float32", 10007, 520, 16), ("bfloat16", 20011, 72, 8), ("float32", 3001, 1030, 33)):
         x, codebook = make(family, n, k, d, dtype, seed=3)
         wanted, distances = expected(x, codebook)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found = fastvq.search(x, codebook, return_distance=True, backend=engine)
-            assert_same_indices(found[0], wanted, f"{dtype}, {threads} threads")
-            assert_same_bits(found[1], distances, f"{dtype}, {threads} threads")
+        for number in (1, 2, 3):
+            with threads(number):
+                found = fastvq.search(x, codebook, return_distance=True, backend=engine)
+            assert_same_indices(found[0], wanted, f"{dtype}, {number} threads")
+            assert_same_bits(found[1], distances, f"{dtype}, {number} threads")
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
@@ -256,10 +252,10 @@ def test_rows_without_any_finite_distance_get_index_0(backend, metric):
 
 
 def test_a_difference_below_float32_decides(backend):
-    """Codes that differ by one last place of float32, far from the origin: only float64 tells them apart."""
+    """Codes one last place of float32 apart, their squared distances 4 and 4 + 1e-14: only float64 tells them apart."""
     step = torch.finfo(torch.float32).eps
-    codes = torch.tensor([[1000.0, 1.0 + step], [1000.0, 1.0], [1000.0, 1.0 + 2 * step]])
-    x = torch.tensor([[-1000.0, 1.0], [-1000.0, 1.0 + step], [-1000.0, 1.0 + 2 * step]])
+    codes = torch.tensor([[1.0, 1.0 + step], [1.0, 1.0], [1.0, 1.0 + 2 * step]])
+    x = torch.tensor([[-1.0, 1.0], [-1.0, 1.0 + step], [-1.0, 1.0 + 2 * step]])
     assert fastvq.search(x, codes, backend=backend).tolist() == [1, 0, 2]
 
 
@@ -351,8 +347,8 @@ import torch
 from compare import check, whole_grid
 torch.set_num_threads(2)
 rows = 0
-for metric, dims in (("euclidean", (1, 3, 8, 31, 64, 252)), ("dot", (7, 64))):
-    for case in whole_grid(100_000, 127, dims=dims, sizes=(1, 7, 64, 1000), metric=metric, seed=4):
+for metric, dims in (("euclidean", (1, 8, 31, 252)), ("dot", (7,))):
+    for case in whole_grid(30_000, 63, dims=dims, sizes=(1, 7, 64, 1000), metric=metric, seed=4):
         check(case, "cpu")
         rows += case.n
 print(rows)
@@ -363,7 +359,7 @@ print(rows)
 def test_each_instruction_set_gives_the_same_indices(isa):
     done = run_python(REDUCED, FASTVQ_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 100_000
+    assert int(done.stdout) > 20_000
 
 
 @COMPILED
