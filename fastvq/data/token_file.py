@@ -102,6 +102,8 @@ class TokenFile:
         if codebook_size == 0 or bits != bit_width(codebook_size) or channels not in (1, 3) or start > len(body):
             raise TokenFileError("is damaged: its header contradicts itself")
         table = [_IMAGE.unpack_from(body, _HEADER.size + i * _IMAGE.size) for i in range(count)]
+        if any(0 in image for image in table):
+            raise TokenFileError("is damaged: it holds an image without pixels")
         grids = [(rows, columns) for _, _, rows, columns in table]
         total = sum(rows * columns for rows, columns in grids)
         if len(body) - start != packed_length(total, bits):

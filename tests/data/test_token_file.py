@@ -68,10 +68,10 @@ def test_every_truncation_and_addition_is_found():
         TokenFile.from_bytes(content + b"\0")
 
 
-def forged(**fields: int) -> bytes:
+def forged(image: tuple[int, int, int, int] = (4, 4, 1, 1), **fields: int) -> bytes:
     """A file whose checksum is right and whose header is not."""
     header = {"version": 1, "channels": 3, "bits": 9, "codebook_size": 300, "count": 1} | fields
-    body = struct.pack("<8sHBBII16s", MAGIC, *header.values(), NAME) + struct.pack("<HHHH", 4, 4, 1, 1) + b"\xff\xff"
+    body = struct.pack("<8sHBBII16s", MAGIC, *header.values(), NAME) + struct.pack("<HHHH", *image) + b"\xff\xff"
     return body + struct.pack("<I", zlib.crc32(body))
 
 
@@ -87,6 +87,8 @@ def forged(**fields: int) -> bytes:
         (forged(codebook_size=0), "contradicts"),
         (forged(count=9), "contradicts"),
         (forged(count=0), "as many codes"),
+        (forged(image=(4, 0, 1, 0)), "an image without pixels"),
+        (forged(image=(8, 4, 2, 1)), "as many codes"),
         (forged(), "not below 300"),
     ],
 )
