@@ -325,8 +325,12 @@ class VectorQuantize(nn.Module):
             codebook_weight=weight if taught else 0.0,
             mask=mask,
         )
+        if rows.requires_grad and self.rotation_trick:
+            quantized = rotate_gradient(rows, quantized)
+        elif self.learnable_codebook and not frozen and not rows.requires_grad and torch.is_grad_enabled():
+            quantized = book.lookup(indices).to(rows.dtype)  # without an encoder the output trains the codes
         if not self.training:
-            loss = torch.zeros((), device=rows.device)
+            loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         else:
             if taught:
                 loss = loss - loss.detach() / 2  # one mean((x - q)^2), with the gradients of both its halves
@@ -334,10 +338,6 @@ class VectorQuantize(nn.Module):
                 loss.requires_grad_()  # so that loss.backward() works on fixed features too
             if book.tracks and not frozen and not recomputing():
                 book.update(rows.detach(), indices, mask)
-        if rows.requires_grad and self.rotation_trick:
-            quantized = rotate_gradient(rows, quantized)
-        elif self.learnable_codebook and not frozen and not rows.requires_grad:
-            quantized = book.lookup(indices).to(rows.dtype)
         return quantized, indices, loss
 
     def _channels_second(self, x: Tensor) -> bool:

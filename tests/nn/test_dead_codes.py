@@ -56,10 +56,13 @@ def test_each_becomes_another_row(options: dict[str, object]) -> None:
         assert torch.equal(layer.codebook[~dead], before[~dead])
 
 
-def test_the_output_comes_from_the_codes_before() -> None:
-    layer = layer_with_dead_codes(torch.arange(CODES) < 5)
-    before = layer.codebook.clone()
-    quantized, indices, _ = layer(torch.randn(50, DIM))
+@pytest.mark.parametrize("options", [{}, {"learnable_codebook": True, "ema_update": False}], ids=str)
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_output_comes_from_the_codes_before(options: dict[str, object], encoder: bool) -> None:
+    layer = layer_with_dead_codes(torch.ones(CODES, dtype=torch.bool), **options)
+    before = layer.codebook.detach().clone()
+    quantized, indices, _ = layer(torch.randn(50, DIM, requires_grad=encoder))
+    assert not torch.equal(layer.codebook, before)
     assert torch.equal(quantized, before[indices])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import CODES, DIM, assert_same, pair, step
+from common import DIM, assert_same, pair, step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,4 +124,3 @@ def test_memory_does_not_grow_with_rows_times_codes(name: str) -> None:
         quantized, _, loss = layer(x)
         (quantized.sum() + loss).backward()
     assert largest <= 600 * DIM * layer.heads
-    assert CODES < 500
