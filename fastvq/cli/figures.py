@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 INK, MUTED, PAPER = "#1d2433", "#8a93a3", "#ffffff"
 TRAIN, HELD_OUT = "#9aa5b8", "#c2410c"
 
-TILE = 300  # pixels; larger images are cropped to their middle, smaller ones enlarged by a whole number
+TILE = 300  # pixels; larger images are cropped, smaller ones enlarged by a whole number
 COLUMNS = {True: 10, False: 6}  # of small images, of large ones
 GAP, LABEL = 8, 26
 
@@ -46,14 +46,17 @@ def reconstruction_grid(originals: Sequence[Tensor], restored: Sequence[Tensor],
 
 def curves(rows: Sequence[Row]) -> bytes:
     """Reconstruction error, perplexity and dead codes over the steps."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _figure(11.0, 3.1)
     error, perplexity, dead = figure.subplots(1, 3)
     steps = [row.step for row in rows]
     error.plot(steps, [row.train_mse for row in rows], color=TRAIN, label="training")
     error.plot(steps, [row.held_out_mse for row in rows], color=HELD_OUT, label="held out")
     error.set_yscale("log")
-    for axis in (error.yaxis.set_major_formatter, error.yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:g}")
+    error.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    error.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    error.yaxis.set_minor_locator(NullLocator())
     error.legend(frameon=False, labelcolor=INK)
     perplexity.plot(steps, [row.train_perplexity for row in rows], color=TRAIN)
     perplexity.plot(steps, [row.held_out_perplexity for row in rows], color=HELD_OUT)
@@ -94,7 +97,8 @@ def codebook_usage(counts: Tensor) -> bytes:
 def _tile(image: Tensor, side: int, scale: int) -> Image:
     from PIL import Image as pillow
 
-    top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+    # Not quite the middle: faces are in the upper half of a photograph.
+    top, left = (image.shape[1] - side) // 4, (image.shape[2] - side) // 2
     tile = to_pillow(to_bytes(image)[:, top : top + side, left : left + side]).convert("RGB")
     return tile.resize((side * scale, side * scale), pillow.Resampling.NEAREST)
 

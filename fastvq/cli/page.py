@@ -40,7 +40,9 @@ def write_report(
 ) -> Path:
     """Write reconstructions.png, curves.png, codebook.png and report.html into `folder`; returns the last."""
     found = evaluate(model, images.held_out)
-    shown = [to_bytes(to_channels(image, model.config.in_channels)) for image in images.held_out[:SHOWN]]
+    # Of many, some from everywhere: neighbours are often of one class.
+    chosen = range(0, found.images, max(1, found.images // SHOWN))[:SHOWN]
+    shown = [to_bytes(to_channels(images.held_out[i], model.config.in_channels)) for i in chosen]
     restored = [decode_image(model, encode_image(model, image), (image.shape[1], image.shape[2])) for image in shown]
     numbers = found.to_dict()
     pictures = {
@@ -54,8 +56,13 @@ def write_report(
         found=numbers,
         codebook_size=model.config.codebook_size,
         table=[
-            {"name": name, "height": image.shape[1], "width": image.shape[2], "psnr": psnr(mse)}
-            for name, image, mse in zip(images.held_out_names, shown, found.image_mse, strict=False)
+            {
+                "name": images.held_out_names[i],
+                "height": image.shape[1],
+                "width": image.shape[2],
+                "psnr": psnr(found.image_mse[i]),
+            }
+            for i, image in zip(chosen, shown, strict=True)
         ],
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items() if picture},
         rows=rows,
