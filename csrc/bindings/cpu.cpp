@@ -59,7 +59,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastvq's CPU kernels";
 
   m.def("instruction_sets", [] {
-    const fastvq::RowKernel* kernels[4];
+    const fastvq::RowKernel* kernels[fastvq::kMaxKernels];
     const int count = fastvq::available_row_kernels(kernels);
     py::list names;
     for (int i = 0; i < count; ++i) names.append(kernels[i]->name);

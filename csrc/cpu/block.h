@@ -26,7 +26,11 @@ class BlockSearch {
         width_(width),
         rows_(allocate<X>(width * kernel.lanes)),
         centred_(allocate<float>(width * kernel.lanes)),
-        minima_(allocate<float>(std::min(groups, kScreenGroups) * kernel.lanes)) {}
+        minima_(allocate<float>(std::min(groups, kScreenGroups) * kernel.lanes)),
+        packed_(allocate<std::int32_t>(kernel.int8 ? (width + 3) / 4 * kernel.lanes : 0)),
+        lane_(allocate<int>(kMaxCandidates)),
+        group_(allocate<std::int64_t>(kMaxCandidates)),
+        scores_(allocate<float>(kMaxCandidates * kGroup)) {}
 
   int lanes() const { return kernel_.lanes; }
   X* rows() { return rows_.get(); }
@@ -36,14 +40,23 @@ class BlockSearch {
     dispatch(x.dtype, [&](auto* type) { load_as<std::remove_pointer_t<decltype(type)>>(x, first, count); });
   }
 
-  // The nearest codes of the rows that are loaded.
-  void nearest(const CodebookView& codebook, int count, bool certify, Nearest* found) const {
+  // The nearest codes of the rows that are loaded, and their distances if wanted.
+  void nearest(const CodebookView& codebook, int count, bool certify, bool want_value, Nearest* found) {
     RowBlock block;
     block.is_double = std::is_same_v<X, double>;
     block.rows = rows_.get();
     block.count = count;
     block.certify = certify;
-    kernel_.nearest(codebook, block, {centred_.get(), minima_.get()}, found);
+    block.want_value = want_value;
+    BlockScratch scratch;
+    scratch.centred = centred_.get();
+    scratch.minima = minima_.get();
+    scratch.packed = packed_.get();
+    scratch.lane = lane_.get();
+    scratch.group = group_.get();
+    scratch.scores = scores_.get();
+    scratch.trial = &trial_;
+    kernel_.nearest(codebook, block, scratch, found);
   }
 
  private:
@@ -64,6 +77,9 @@ class BlockSearch {
     const Stored* source[kMaxLanes];
     for (int l = 0; l < count; ++l) source[l] = x.row<Stored>(first + l);
     X* out = rows_.get();
+    if constexpr (std::is_same_v<Stored, float> && std::is_same_v<X, float>) {
+      if (count == lanes && x.step == 1) return kernel_.load_rows(source, width_, out);
+    }
     for (std::int64_t d = 0; d < width_; ++d, out += lanes) {
       for (int l = 0; l < count; ++l) out[l] = static_cast<X>(widen(source[l][d * x.step]));
       for (int l = count; l < lanes; ++l) out[l] = 0;
@@ -75,6 +91,11 @@ class BlockSearch {
   Buffer<X> rows_;
   Buffer<float> centred_;
   Buffer<float> minima_;
+  Buffer<std::int32_t> packed_;
+  Buffer<int> lane_;
+  Buffer<std::int64_t> group_;
+  Buffer<float> scores_;
+  Int8Trial trial_;
 };
 
 // Calls f with a null float or double pointer: what rows are widened to.
@@ -93,14 +114,21 @@ void for_each_block(std::int64_t task, std::int64_t rows, int lanes, const Body&
   }
 }
 
-// sum of (x_i - c_i)^2 in float64, for a row that lies with stride `stride` and a code as it is stored.
+// sum of (x_i - c_i)^2 in float64, for a row that lies with stride `stride` and a code as it is stored. Eight partial
+// sums, whatever the instruction set, so that the result is the same everywhere.
 template <class X, class Code>
 double squared_distance(const X* row, std::int64_t stride, const Code* code, std::int64_t step, std::int64_t width) {
+  constexpr int kParts = 8;
+  double parts[kParts] = {};
+  const auto difference = [&](std::int64_t d) {
+    return static_cast<double>(row[d * stride]) - static_cast<double>(widen(code[d * step]));
+  };
+  std::int64_t d = 0;
+  for (; d + kParts <= width; d += kParts)
+    for (int i = 0; i < kParts; ++i) parts[i] += difference(d + i) * difference(d + i);
+  for (int i = 0; d < width; ++d, ++i) parts[i] += difference(d) * difference(d);
   double total = 0;
-  for (std::int64_t d = 0; d < width; ++d) {
-    const double t = static_cast<double>(row[d * stride]) - static_cast<double>(widen(code[d * step]));
-    total += t * t;
-  }
+  for (double part : parts) total += part;
   return total;
 }
 

@@ -36,6 +36,13 @@ struct Certificate {
     return gamma * (bias_max + row_norm * norm) + (gamma / 0x1p-24) * 0x1p-147;
   }
 
+  // r: at least the distance of the row from a code with the screened score `best`, with a margin for the canonical
+  // winner, which in float64 may lie that little farther.
+  double distance(double best, double row_norm, double row_residual) const {
+    const double squared = 2 * (best + accumulation(row_norm)) + row_norm * row_norm;
+    return (__builtin_sqrt(squared > 0 ? squared : 0) + row_residual + residual) * (1 + double_sum);
+  }
+
   // No code whose screened score lies above this can be the canonical nearest. best: the smallest screened score;
   // row_norm >= |x~|, row_residual >= |(x - m) S - x~|.
   double threshold(double best, double row_norm, double row_residual, bool euclidean) const {

@@ -1,10 +1,12 @@
 #include "codebook.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "parallel.h"
+#include "row_kernel.h"
 
 namespace fastvq {
 namespace {
@@ -26,24 +28,9 @@ void for_each_group(std::int64_t groups, int threads, const F& f) {
   });
 }
 
-// What centring and scaling are decided by, of the codes that are finite.
-struct Statistics {
-  std::vector<double> sums;  // of each element
-  double squares = 0;        // sum of |c|^2
-  double largest = 0;        // max |c_i|
-  std::int64_t finite = 0;
-
-  void add(const Statistics& other) {
-    for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += other.sums[i];
-    squares += other.squares;
-    largest = std::max(largest, other.largest);
-    finite += other.finite;
-  }
-};
-
 }  // namespace
 
-PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, int threads) {
+PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads) {
   view_.size = codes.count;
   view_.width = codes.width;
   view_.groups = (codes.count + kGroup - 1) / kGroup;
@@ -59,133 +46,133 @@ PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, 
     view_.exact = exact_float_.get();
     copy_exact(codes, exact_float_.get(), threads);
     if (screened) prepare_screen(threads);
+    if (int8 && view_.screen) prepare_int8(threads);
   }
 }
 
 template <class T>
 void PackedCodebook::copy_exact(const Rows& codes, T* exact, int threads) const {
   const std::int64_t width = view_.width;
+  const RowKernel& kernel = row_kernel();
   for_each_group(view_.groups, threads, [&](std::int64_t g, std::int64_t) {
     T* out = exact + g * width * kGroup;
-    for (int lane = 0; lane < kGroup; ++lane) {
-      const std::int64_t k = g * kGroup + lane;
-      if (k >= view_.size) {
-        for (std::int64_t d = 0; d < width; ++d) out[d * kGroup + lane] = 0;
-        continue;
+    const int count = static_cast<int>(std::min<std::int64_t>(kGroup, view_.size - g * kGroup));
+    if constexpr (std::is_same_v<T, float>) {
+      if (codes.dtype == DType::kFloat32 && codes.step == 1 && count == kGroup) {
+        const float* rows[kGroup];
+        for (int lane = 0; lane < kGroup; ++lane) rows[lane] = codes.row<float>(g * kGroup + lane);
+        return kernel.load_codes(rows, width, out);
       }
-      dispatch(codes.dtype, [&](auto* type) {
-        using Stored = std::remove_pointer_t<decltype(type)>;
-        const Stored* row = codes.row<Stored>(k);
-        for (std::int64_t d = 0; d < width; ++d) out[d * kGroup + lane] = static_cast<T>(widen(row[d * codes.step]));
-      });
     }
+    dispatch(codes.dtype, [&](auto* type) {
+      using Stored = std::remove_pointer_t<decltype(type)>;
+      for (int lane = 0; lane < kGroup; ++lane) {
+        const Stored* row = lane < count ? codes.row<Stored>(g * kGroup + lane) : nullptr;
+        for (std::int64_t d = 0; d < width; ++d)
+          out[d * kGroup + lane] = row ? static_cast<T>(widen(row[d * codes.step])) : T{0};
+      }
+    });
   });
 }
 
 void PackedCodebook::prepare_screen(int threads) {
-  const std::int64_t width = view_.width, groups = view_.groups;
+  const std::int64_t width = view_.width, groups = view_.groups, tasks = tasks_of(groups);
+  const RowKernel& kernel = row_kernel();
   const float* exact = exact_float_.get();
   bias_.reset(new float[groups * kGroup]);
 
   // Pass 1: which codes are finite (the others get an infinite bias: they cannot win), and the statistics.
-  std::vector<Statistics> partial(tasks_of(groups));
-  for (Statistics& s : partial) s.sums.assign(width, 0.0);
+  std::vector<float> sums(tasks * width * kGroup, 0.0f);
+  std::vector<CodeStatistics> partial;
+  for (std::int64_t task = 0; task < tasks; ++task) partial.push_back({&sums[task * width * kGroup], 0, 0, 0});
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
-    const float* codes = exact + g * width * kGroup;
-    float* bias = bias_.get() + g * kGroup;
-    double norm[kGroup] = {};
-    for (std::int64_t d = 0; d < width; ++d)
-      for (int l = 0; l < kGroup; ++l) norm[l] += static_cast<double>(codes[d * kGroup + l]) * codes[d * kGroup + l];
-    bool all = true;
-    for (int l = 0; l < kGroup; ++l) {
-      const bool usable = g * kGroup + l < view_.size && norm[l] <= std::numeric_limits<double>::max();
-      bias[l] = usable ? 0.0f : kInfinity;
-      all = all && usable;
-    }
-    Statistics& s = partial[task];
-    for (int l = 0; l < kGroup; ++l) {
-      if (bias[l] != 0) continue;
-      s.squares += norm[l];
-      ++s.finite;
-    }
-    float largest[kGroup] = {};
-    for (std::int64_t d = 0; d < width; ++d) {
-      double sum = 0;
-      for (int l = 0; l < kGroup; ++l) {
-        const float c = all || bias[l] == 0 ? codes[d * kGroup + l] : 0.0f;
-        sum += c;
-        largest[l] = std::max(largest[l], std::fabs(c));
-      }
-      s.sums[d] += sum;
-    }
-    for (float v : largest) s.largest = std::max<double>(s.largest, v);
+    const int count = static_cast<int>(std::min<std::int64_t>(kGroup, view_.size - g * kGroup));
+    kernel.measure(exact + g * width * kGroup, width, count, bias_.get() + g * kGroup, &partial[task]);
   });
-  Statistics all{std::vector<double>(width, 0.0)};
-  for (const Statistics& s : partial) all.add(s);
+  std::vector<double> mean(width, 0.0);
+  double squares = 0, largest = 0;
+  std::int64_t finite = 0;
+  for (const CodeStatistics& s : partial) {
+    for (std::int64_t i = 0; i < width * kGroup; ++i) mean[i / kGroup] += s.sums[i];
+    squares += s.squares;
+    largest = std::max<double>(largest, s.largest);
+    finite += s.finite;
+  }
   // A dot product with an infinity can be the largest of all: such a codebook is not screened.
-  if (all.finite == 0 || (view_.metric == Metric::kDot && all.finite != view_.size)) return;
+  if (finite == 0 || (view_.metric == Metric::kDot && finite != view_.size)) return;
 
   // Centring pays when the mean is not small beside the spread; when it is, the codes as they are have no rounding.
-  double mean_norm = 0;
-  for (double& sum : all.sums) {
-    sum /= static_cast<double>(all.finite);
-    mean_norm += sum * sum;
+  double mean_norm = 0, mean_largest = 0;
+  for (double& m : mean) {
+    m /= static_cast<double>(finite);
+    mean_norm += m * m;
+    mean_largest = std::max(mean_largest, std::fabs(m));
   }
-  const double spread = std::max(0.0, all.squares / static_cast<double>(all.finite) - mean_norm);
-  if (view_.metric == Metric::kEuclidean && mean_norm > 0.25 * spread) {
+  const double spread = std::max(0.0, squares / static_cast<double>(finite) - mean_norm);
+  const bool centred = view_.metric == Metric::kEuclidean && mean_norm > 0.25 * spread && mean_largest < kInfinity;
+  if (centred) {
     mean_.reset(new float[width]);
-    for (std::int64_t d = 0; d < width; ++d) mean_[d] = static_cast<float>(all.sums[d]);
+    for (std::int64_t d = 0; d < width; ++d) mean_[d] = static_cast<float>(mean[d]);
     view_.mean = mean_.get();
+    largest += mean_largest;
   }
-
   // A scale that keeps squares far from overflow and underflow; 1 for all but extreme data.
-  double largest = all.largest;
-  if (view_.mean) {
-    largest = 0;
-    for (std::int64_t g = 0; g < groups; ++g)
-      for (std::int64_t d = 0; d < width; ++d)
-        for (int l = 0; l < kGroup; ++l)
-          if (bias_[g * kGroup + l] == 0)
-            largest = std::max(largest, std::fabs(static_cast<double>(exact[(g * width + d) * kGroup + l]) - mean_[d]));
-  }
   if (largest > 0 && (largest < 0x1p-20 || largest > 0x1p20)) view_.scale = std::ldexp(1.0, -std::ilogb(largest));
 
   // Pass 2: the screened codes, their norms and the residuals of rounding them.
-  const bool copied = view_.mean || view_.scale != 1 || all.finite != view_.size;
+  const bool copied = centred || view_.scale != 1 || finite != view_.size;
   if (copied) screen_.reset(new float[groups * width * kGroup]);
-  std::vector<double> norms(tasks_of(groups), 0.0), residuals(tasks_of(groups), 0.0);
+  std::vector<CodeExtremes> extremes(tasks);
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
-    const float* codes = exact + g * width * kGroup;
-    float* bias = bias_.get() + g * kGroup;
-    double norm[kGroup] = {}, residual[kGroup] = {};
-    for (std::int64_t d = 0; d < width; ++d) {
-      for (int l = 0; l < kGroup; ++l) {
-        const double code = bias[l] == 0 ? codes[d * kGroup + l] : 0.0;
-        const double centre = view_.mean && bias[l] == 0 ? mean_[d] : 0.0;
-        const double wanted = (code - centre) * view_.scale;
-        const float rounded = static_cast<float>(wanted);
-        if (copied) screen_[(g * width + d) * kGroup + l] = rounded;
-        norm[l] += static_cast<double>(rounded) * rounded;
-        residual[l] += (wanted - rounded) * (wanted - rounded);
-      }
-    }
-    for (int l = 0; l < kGroup; ++l) {
-      if (view_.metric == Metric::kEuclidean && bias[l] == 0) bias[l] = static_cast<float>(norm[l] / 2);
-      norms[task] = std::max(norms[task], norm[l]);
-      residuals[task] = std::max(residuals[task], residual[l]);
-    }
+    const std::int64_t at = g * width * kGroup;
+    kernel.screen(exact + at, view_, bias_.get() + g * kGroup, copied ? screen_.get() + at : nullptr, &extremes[task]);
   });
   double norm = 0, residual = 0;
-  for (std::size_t i = 0; i < norms.size(); ++i) {
-    norm = std::max(norm, norms[i]);
-    residual = std::max(residual, residuals[i]);
+  for (const CodeExtremes& e : extremes) {
+    norm = std::max(norm, e.norm);
+    residual = std::max(residual, e.residual);
+    screen_largest_ = std::max(screen_largest_, e.largest);
   }
   // Both were summed in float64: the factor covers that, and the last term the rounding of c - m itself.
   constexpr double kUp = 1 + 1e-6;
   view_.screen_norm = std::sqrt(norm) * kUp;
-  view_.residual = (std::sqrt(residual) + (view_.mean ? 0x1p-51 * view_.screen_norm : 0)) * kUp;
+  view_.residual = (std::sqrt(residual) + (centred ? 0x1p-51 * view_.screen_norm : 0)) * kUp;
   view_.screen = copied ? screen_.get() : exact;
   view_.bias = bias_.get();
+}
+
+void PackedCodebook::prepare_int8(int threads) {
+  constexpr std::int64_t kFewestCodes = 64;  // below, quantising the rows costs more than it saves
+  constexpr std::int64_t kWidest = 4096;     // above, the bias does not fit into int16
+  const std::int64_t width = view_.width, groups = view_.groups, quads = (width + 3) / 4;
+  if (view_.metric != Metric::kEuclidean || view_.size < kFewestCodes || width < 4 || width > kWidest) return;
+  const float scale = screen_largest_ / 127;
+  if (!(scale > 0x1p-60f)) return;
+
+  int8_codes_.reset(new std::int8_t[groups * quads * 4 * kGroup]);
+  int8_start_.reset(new std::int32_t[groups * kGroup]);
+  int8_bias_.reset(new std::int32_t[groups * kGroup]);
+  const RowKernel& kernel = row_kernel();
+  std::vector<CodeExtremes> extremes(tasks_of(groups));
+  for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
+    kernel.quantise(view_.screen + g * width * kGroup, view_.bias + g * kGroup, width, scale,
+                    int8_codes_.get() + g * quads * 4 * kGroup, int8_start_.get() + g * kGroup,
+                    int8_bias_.get() + g * kGroup, &extremes[task]);
+  });
+  double residual = 0;
+  for (const CodeExtremes& e : extremes) {
+    residual = std::max(residual, e.int8_residual);
+    view_.bias_error = std::max(view_.bias_error, e.bias_error);
+    view_.bias_high = std::max(view_.bias_high, e.bias_high);
+    view_.bias_low = std::max(view_.bias_low, e.bias_low);
+  }
+  // From the screened float32 codes; their own residual E is added. The factor covers sums of D squares in float32.
+  view_.int8_residual =
+      std::sqrt(residual * (1 + 1e-6 + static_cast<double>(width) * 0x1p-23)) * (1 + 1e-6) + view_.residual;
+  view_.int8_scale = scale;
+  view_.int8_codes = int8_codes_.get();
+  view_.int8_start = int8_start_.get();
+  view_.int8_bias = int8_bias_.get();
 }
 
 }  // namespace fastvq

@@ -26,15 +26,27 @@ struct CodebookView {
   const float* bias = nullptr;    // [groups][8], |c~|^2 / 2 or 0; +inf where no code can win
   const float* mean = nullptr;    // [D], m, or null when the codes are not centred
 
+  // The codes once more in int8, or null. docs/certified-search.md, "Screening in int8".
+  const std::int8_t* int8_codes = nullptr;   // [groups][ceil(D / 4)][8][4]
+  const std::int32_t* int8_start = nullptr;  // [groups][8], -128 times the sum of a code; very negative to exclude it
+  const std::int32_t* int8_bias = nullptr;   // [groups][8], a pair of int16 (low half a, high half b)
+  float int8_scale = 0;                      // s_c
+  double int8_residual = 0;                  // E_8, at least max |e - s_c q|
+  double bias_error = 0;                     // max ||q|^2 / 2 - 1024 a - 32 b|
+  double bias_high = 0, bias_low = 0;        // max a, max |b|
+
   double scale = 1;        // S, a power of two
   double screen_norm = 0;  // C, at least max |c~|
   double residual = 0;     // E, at least max |(c - m) S - c~|
 };
 
+constexpr std::int32_t kExcluded = -2000000000;  // a start value below every score that can be reached
+
 class PackedCodebook {
  public:
-  // codes: (K, D). Without `screened` only the exact copy is made, for rows that are float64.
-  PackedCodebook(const Rows& codes, Metric metric, bool screened, int threads);
+  // codes: (K, D). Without `screened` only the exact copy is made, for rows that are float64; with `int8` the codes are
+  // packed for int8 screening too, where that can pay.
+  PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads);
 
   const CodebookView& view() const { return view_; }
 
@@ -42,13 +54,18 @@ class PackedCodebook {
   template <class T>
   void copy_exact(const Rows& codes, T* exact, int threads) const;
   void prepare_screen(int threads);
+  void prepare_int8(int threads);
 
   CodebookView view_;
+  float screen_largest_ = 0;  // max |c~_i|
   std::unique_ptr<float[]> exact_float_;
   std::unique_ptr<double[]> exact_double_;
   std::unique_ptr<float[]> screen_;
   std::unique_ptr<float[]> bias_;
   std::unique_ptr<float[]> mean_;
+  std::unique_ptr<std::int8_t[]> int8_codes_;
+  std::unique_ptr<std::int32_t[]> int8_start_;
+  std::unique_ptr<std::int32_t[]> int8_bias_;
 };
 
 }  // namespace fastvq

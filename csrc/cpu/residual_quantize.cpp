@@ -20,7 +20,6 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
                    std::vector<double>* losses, int threads) {
   const RowKernel& kernel = row_kernel();
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
-  const bool euclidean = stages[0].packed.view().metric == Metric::kEuclidean;
   std::vector<double> partial(row_tasks(x.count) * stage_count, 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
     BlockSearch<Working> block(kernel, width, stages[0].packed.view().groups);
@@ -33,13 +32,12 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
         Working* residual = block.rows();
         for (std::int64_t q = 0; q < stage_count; ++q) {
           const Rows& codes = stages[q].codes;
-          block.nearest(stages[q].packed.view(), count, true, &nearest);
+          block.nearest(stages[q].packed.view(), count, true, false, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);
               indices[(first + l) * stage_count + q] = nearest.index[l];
-              partial[task * stage_count + q] +=
-                  euclidean ? nearest.value[l] : squared_distance(residual + l, lanes, code, codes.step, width);
+              partial[task * stage_count + q] += squared_distance(residual + l, lanes, code, codes.step, width);
               for (std::int64_t d = 0; d < width; ++d) {
                 const Working c = static_cast<Working>(widen(code[d * codes.step]));
                 residual[d * lanes + l] -= c;
@@ -84,7 +82,7 @@ void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Met
     std::vector<Stage> stages;
     for (std::int64_t q = 0; q < stage_count; ++q) {
       const Rows codes = head_codebooks.select(0, q).rows();
-      stages.push_back({codes, PackedCodebook(codes, metric, !is_double, threads)});
+      stages.push_back({codes, PackedCodebook(codes, metric, !is_double, row_kernel().int8, threads)});
     }
     char* out = static_cast<char*>(quantized) + h * rows.count * rows.width * element_bytes(x.dtype);
     dispatch_working(is_double, [&](auto* type) {

@@ -10,8 +10,9 @@ namespace fastvq {
 extern const RowKernel row_kernel_portable;
 extern const RowKernel row_kernel_avx2;
 extern const RowKernel row_kernel_avx512;
+extern const RowKernel row_kernel_avx512vnni;
 
-int available_row_kernels(const RowKernel* out[4]) {
+int available_row_kernels(const RowKernel* out[kMaxKernels]) {
   int count = 0;
   out[count++] = &row_kernel_portable;
 #if defined(FASTVQ_HAS_AVX2)
@@ -21,6 +22,9 @@ int available_row_kernels(const RowKernel* out[4]) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     out[count++] = &row_kernel_avx512;
+#if defined(FASTVQ_HAS_AVX512VNNI)
+    if (__builtin_cpu_supports("avx512vnni")) out[count++] = &row_kernel_avx512vnni;
+#endif
   }
 #endif
   return count;
@@ -29,7 +33,7 @@ int available_row_kernels(const RowKernel* out[4]) {
 namespace {
 
 const RowKernel& choose() {
-  const RowKernel* available[4];
+  const RowKernel* available[kMaxKernels];
   const int count = available_row_kernels(available);
   const char* wanted = std::getenv("FASTVQ_CPU_ISA");
   if (!wanted || !*wanted) return *available[count - 1];

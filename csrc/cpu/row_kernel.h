@@ -10,18 +10,33 @@ namespace fastvq {
 
 constexpr int kMaxLanes = 16;                 // the widest block of rows of any instruction set
 constexpr std::int64_t kScreenGroups = 2048;  // groups screened before candidates are taken: bounds the scratch
+constexpr int kMaxCandidates = 512;           // (row, group) pairs of a block that are kept to be scored in float32
+
+constexpr int kMaxKernels = 4;
 
 struct RowBlock {
   bool is_double = false;      // what `rows` points to: double or float
   const void* rows = nullptr;  // [D][lanes]; lanes past `count` are zero
   int count = 0;               // rows that are there
-  bool certify = true;         // false: only the best screened group is re-scored (precision="fast")
+  bool certify = true;         // false: the best screened code is taken as it is (precision="fast")
+  bool want_value = false;     // fill Nearest::value
 };
 
-// One a thread. `centred` and `minima` are aligned to 64 bytes.
+// When int8 screening leaves too many candidates, the next blocks are spared the attempt, and more after each failure.
+struct Int8Trial {
+  int skip = 0;     // blocks still to be screened in float32
+  int penalty = 0;  // how many blocks the next failure skips
+};
+
+// One a thread; pointers are aligned to 64 bytes.
 struct BlockScratch {
-  float* centred = nullptr;  // [D][lanes]
-  float* minima = nullptr;   // [min(groups, kScreenGroups)][lanes]
+  float* centred = nullptr;        // [D][lanes]
+  void* minima = nullptr;          // [min(groups, kScreenGroups)][lanes], of float or int32
+  std::int32_t* packed = nullptr;  // [ceil(D / 4)][lanes], four int8 each; null without int8 screening
+  int* lane = nullptr;             // [kMaxCandidates]
+  std::int64_t* group = nullptr;   // [kMaxCandidates]
+  float* scores = nullptr;         // [kMaxCandidates][8]
+  Int8Trial* trial = nullptr;
 };
 
 struct Nearest {
@@ -29,10 +44,41 @@ struct Nearest {
   double value[kMaxLanes];  // squared distance, or dot product
 };
 
+// What centring and scaling are decided by, gathered group after group; `sums` is [D][8], of the codes that are finite.
+struct CodeStatistics {
+  float* sums;
+  double squares;
+  float largest;
+  std::int64_t finite;
+};
+
+// What the bounds need to know of the codes as they are screened: maxima over the codes.
+struct CodeExtremes {
+  double norm;           // |c~|^2
+  double residual;       // |(c - m) S - c~|^2
+  float largest;         // |c~_i|
+  double int8_residual;  // |c~ - s_c q|^2
+  double bias_error, bias_high, bias_low;
+};
+
 struct RowKernel {
   const char* name;
   int lanes;  // rows in a block
+  bool int8;  // screens int8 codebooks
   void (*nearest)(const CodebookView&, const RowBlock&, const BlockScratch&, Nearest*);
+
+  // out [D][lanes] = the transpose of `lanes` rows of D contiguous floats.
+  void (*load_rows)(const float* const* rows, std::int64_t width, float* out);
+
+  // The packing of one group: `codes` is [D][8], and 8 rows of D contiguous floats for load_codes.
+  void (*load_codes)(const float* const* rows, std::int64_t width, float* codes);
+  // bias [8] becomes 0 for the codes that are finite, among the first `count`, and infinite for the others.
+  void (*measure)(const float* codes, std::int64_t width, int count, float* bias, CodeStatistics* statistics);
+  // screened (or null, where it would equal `codes`) = float32((codes - mean) scale), and bias = |c~|^2 / 2.
+  void (*screen)(const float* codes, const CodebookView&, float* bias, float* screened, CodeExtremes* extremes);
+  // The int8 form of screened codes; see CodebookView.
+  void (*quantise)(const float* screened, const float* bias, std::int64_t width, float scale, std::int8_t* out,
+                   std::int32_t* start, std::int32_t* bias_pairs, CodeExtremes* extremes);
 };
 
 // The kernel in use: the best this machine has, or the one that FASTVQ_CPU_ISA names.
@@ -40,6 +86,6 @@ struct RowKernel {
 const RowKernel& row_kernel();
 
 // The names of the kernels that were compiled and run here, the best last.
-int available_row_kernels(const RowKernel* out[4]);
+int available_row_kernels(const RowKernel* out[kMaxKernels]);
 
 }  // namespace fastvq

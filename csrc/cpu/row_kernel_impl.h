@@ -15,6 +15,14 @@ constexpr int kPieces = kGroup / kWide;      // vectors of doubles that hold one
 constexpr int kPairs = kPieces > 2 ? 2 : 4;  // (row, group) pairs re-scored together, to hide the adds' latency
 constexpr float kInfinity = __builtin_inff();
 
+}  // namespace
+}  // namespace fastvq
+
+#include "pack_impl.h"
+
+namespace fastvq {
+namespace {
+
 // ---- screen ----
 
 // The float32 scores of `groups` groups for the rows in the lanes; keeps the minimum of each group, returns the best.
@@ -49,6 +57,7 @@ struct RowNorms {
   double norm[kLanes];      // at least |x~|
   double residual[kLanes];  // at least |(x - m) S - x~|
   bool wild[kLanes];        // too large for the screen, or not finite: every group is a candidate
+  bool any_wild;
 };
 
 constexpr double kUp = 1 + 1e-6;   // covers the float64 sums of squares
@@ -81,15 +90,22 @@ const float* centre(const CodebookView& codebook, const RowBlock& block, float* 
   }
   // float32 squares may underflow: the small term covers that for each of D terms.
   const double up = kUp + static_cast<double>(width) * 0x1p-23, under = static_cast<double>(width) * 0x1p-149;
+  float squared[kLanes];
+  double error[kLanes];
+  store(squared, squares);
+  store(error, residual[0]);
+  store(error + kWide, residual[1]);
+  const double centring = codebook.mean ? 0x1p-51 : 0;  // the rounding of x - m in float64
   bool any_wild = false;
   for (int l = 0; l < kLanes; ++l) {
-    norms->wild[l] = !(squares[l] <= kTame);
+    norms->wild[l] = !(squared[l] <= kTame);
     any_wild |= norms->wild[l];
-    norms->norm[l] = __builtin_sqrt(static_cast<double>(squares[l]) * up + under);
-    // The last term is the rounding of x - m in float64.
-    norms->residual[l] =
-        (__builtin_sqrt(residual[l / kWide][l % kWide]) + (codebook.mean ? 0x1p-51 * norms->norm[l] : 0)) * kUp;
   }
+  for (int l = 0; l < kLanes; ++l) {
+    norms->norm[l] = __builtin_sqrt(static_cast<double>(squared[l]) * up + under);
+    norms->residual[l] = (__builtin_sqrt(error[l]) + centring * norms->norm[l]) * kUp;
+  }
+  norms->any_wild = any_wild;
   if (any_wild) {
     for (std::int64_t d = 0; d < width; ++d)
       for (int l = 0; l < kLanes; ++l) centred[d * kLanes + l] = norms->wild[l] ? 0 : screened[d * kLanes + l];
@@ -104,10 +120,10 @@ const float* centre(const CodebookView& codebook, const RowBlock& block, float* 
 template <bool kDot, class X, class C>
 class Rescore {
  public:
-  Rescore(const CodebookView& codebook, const RowBlock& block, Nearest* nearest)
-      : codebook_(codebook), rows_(static_cast<const X*>(block.rows)), nearest_(nearest) {
-    for (int l = 0; l < block.count; ++l) {
-      nearest->index[l] = -1;
+  Rescore(const CodebookView& codebook, const RowBlock& block)
+      : codebook_(codebook), rows_(static_cast<const X*>(block.rows)) {
+    for (int l = 0; l < kLanes; ++l) {
+      index_[l] = -1;
       best_[l] = __builtin_inf();
     }
   }
@@ -118,6 +134,24 @@ class Rescore {
     if (++pending_ == kPairs) flush();
   }
 
+  // The nearest code of a row, all its groups added; code 0, whatever its distance, when none is finite.
+  void finish(int lane, Nearest* nearest) {
+    flush();
+    if (index_[lane] < 0) {
+      for (int p = 0; p < kPairs; ++p) {
+        lane_[p] = lane;
+        group_[p] = 0;
+      }
+      double values[kPairs][kGroup];
+      sums(values);
+      index_[lane] = 0;
+      value_[lane] = values[0][0];
+    }
+    nearest->index[lane] = index_[lane];
+    nearest->value[lane] = value_[lane];
+  }
+
+ private:
   void flush() {
     if (pending_ == 0) return;
     for (int p = pending_; p < kPairs; ++p) {
@@ -130,25 +164,6 @@ class Rescore {
     pending_ = 0;
   }
 
-  // Rows without any finite distance take code 0, whatever its distance.
-  void finish(int count) {
-    flush();
-    for (int l = 0; l < count; ++l) {
-      if (nearest_->index[l] >= 0) continue;
-      lane_[0] = l;
-      group_[0] = 0;
-      for (int p = 1; p < kPairs; ++p) {
-        lane_[p] = l;
-        group_[p] = 0;
-      }
-      double values[kPairs][kGroup];
-      sums(values);
-      nearest_->index[l] = 0;
-      nearest_->value[l] = values[0][0];
-    }
-  }
-
- private:
   // The contract: float64, terms in order, each operation rounded on its own.
   void sums(double values[kPairs][kGroup]) const {
     const std::int64_t width = codebook_.width;
@@ -177,24 +192,25 @@ class Rescore {
       for (int i = 0; i < kPieces; ++i) store(values[p] + i * kWide, total[p][i]);
   }
 
-  // Groups come in ascending order for each row, so "less" keeps the first of equals; NaN is never less.
+  // The first of equals, in whatever order the groups come; NaN is never less, nor equal.
   void keep_smallest(int lane, std::int64_t group, const double values[kGroup]) {
     const std::int64_t first = group * kGroup;
     const int count = codebook_.size - first < kGroup ? static_cast<int>(codebook_.size - first) : kGroup;
     for (int j = 0; j < count; ++j) {
       const double value = kDot ? -values[j] : values[j];
-      if (value < best_[lane]) {
+      if (value < best_[lane] || (value == best_[lane] && first + j < index_[lane])) {
         best_[lane] = value;
-        nearest_->index[lane] = first + j;
-        nearest_->value[lane] = values[j];
+        index_[lane] = first + j;
+        value_[lane] = values[j];
       }
     }
   }
 
   const CodebookView& codebook_;
   const X* rows_;
-  Nearest* nearest_;
-  double best_[kLanes];
+  double best_[kLanes];   // what is minimised: the distance, or minus the dot product
+  double value_[kLanes];  // the distance or the dot product
+  std::int64_t index_[kLanes];
   int pending_ = 0;
   int lane_[kPairs];
   std::int64_t group_[kPairs];
@@ -202,38 +218,192 @@ class Rescore {
 
 template <bool kDot, class X, class C>
 void rescore_all(const CodebookView& codebook, const RowBlock& block, Nearest* nearest) {
-  Rescore<kDot, X, C> rescore(codebook, block, nearest);
+  Rescore<kDot, X, C> exact(codebook, block);
   for (std::int64_t g = 0; g < codebook.groups; ++g)
-    for (int l = 0; l < block.count; ++l) rescore.add(l, g);
-  rescore.finish(block.count);
+    for (int l = 0; l < block.count; ++l) exact.add(l, g);
+  for (int l = 0; l < block.count; ++l) exact.finish(l, nearest);
 }
 
+// ---- candidates: groups that the screen could not rule out ----
+
+// Scores of single codes in float32, for a few (row, group) pairs: most rows are decided by them alone.
+class Candidates {
+ public:
+  Candidates(const CodebookView& codebook, const float* rows, const BlockScratch& scratch)
+      : codebook_(codebook), rows_(rows), scratch_(scratch) {
+    for (float& best : best_) best = kInfinity;
+  }
+
+  int count() const { return count_; }
+  bool full() const { return count_ == kMaxCandidates; }
+  void add(int lane, std::int64_t group) {
+    scratch_.lane[count_] = lane;
+    scratch_.group[count_++] = group;
+  }
+  void clear() {
+    count_ = scored_ = 0;
+    for (float& best : best_) best = kInfinity;
+  }
+
+  // For each row, the smallest float32 score of its pairs that were scored.
+  const float* best() const { return best_; }
+
+  void score() {
+    for (; scored_ < count_; scored_ += kTogether) {
+      const float* x[kTogether];
+      const float* c[kTogether];
+      GroupVector s[kTogether];
+      const int left = count_ - scored_ < kTogether ? count_ - scored_ : kTogether;
+      for (int p = 0; p < kTogether; ++p) {
+        const int i = scored_ + (p < left ? p : 0);
+        x[p] = rows_ + scratch_.lane[i];
+        c[p] = codebook_.screen + scratch_.group[i] * codebook_.width * kGroup;
+        s[p] = load<GroupVector>(codebook_.bias + scratch_.group[i] * kGroup);
+      }
+      for (std::int64_t d = 0; d < codebook_.width; ++d)
+        for (int p = 0; p < kTogether; ++p)
+          s[p] = subtract_product(s[p], x[p][d * kLanes] - GroupVector{}, load<GroupVector>(c[p] + d * kGroup));
+      for (int p = 0; p < left; ++p) {
+        store(scratch_.scores + (scored_ + p) * kGroup, s[p]);
+        float& best = best_[scratch_.lane[scored_ + p]];
+        const float least = smallest(s[p]);
+        best = least < best ? least : best;
+      }
+      if (left < kTogether) {
+        scored_ = count_;
+        return;
+      }
+    }
+  }
+
+  // Hands every pair to the exact re-score.
+  template <class Exact>
+  void all_exact(Exact* exact) {
+    for (int i = 0; i < count_; ++i) exact->add(scratch_.lane[i], scratch_.group[i]);
+    count_ = scored_ = 0;
+  }
+
+  // Decides the rows by their only code up to `threshold`, and hands the groups of the others to the exact re-score,
+  // those of all rows when the value of the distance is wanted. decided[lane] tells which.
+  template <class Exact>
+  void decide(const float* threshold, bool want_value, Exact* exact, Nearest* nearest, bool* decided) const {
+    int codes[kLanes] = {};
+    for (int i = 0; i < count_; ++i) {
+      const int lane = scratch_.lane[i];
+      const unsigned near = group_not_above(scratch_.scores + i * kGroup, threshold[lane]);
+      if (!near) continue;
+      codes[lane] += __builtin_popcount(near);
+      nearest->index[lane] = scratch_.group[i] * kGroup + __builtin_ctz(near);
+    }
+    for (int l = 0; l < kLanes; ++l) decided[l] = codes[l] == 1 && !want_value;
+    for (int i = 0; i < count_; ++i) {
+      const int lane = scratch_.lane[i];
+      if (decided[lane] || !group_not_above(scratch_.scores + i * kGroup, threshold[lane])) continue;
+      exact->add(lane, scratch_.group[i]);
+    }
+  }
+
+ private:
+  static constexpr int kTogether = 8;  // pairs whose sums run side by side, to hide the latency of the FMAs
+
+  const CodebookView& codebook_;
+  const float* rows_;
+  const BlockScratch& scratch_;
+  float best_[kLanes];
+  int count_ = 0;
+  int scored_ = 0;
+};
+
 // ---- the search of a block ----
+
+// What the certificate knows of the rows of a block.
+struct Bounds {
+  const Certificate& certificate;
+  const RowNorms& norms;
+  const RowBlock& block;
+  bool euclidean;
+
+  // For each row: no code can win whose float32 score lies above this. best: its smallest float32 score so far.
+  void thresholds(const float* best, float* out) const {
+    if (!block.certify) {
+      for (int l = 0; l < kLanes; ++l) out[l] = best[l];
+    } else {
+      for (int l = 0; l < kLanes; ++l) {
+        const auto bound =
+            static_cast<float>(certificate.threshold(best[l], norms.norm[l], norms.residual[l], euclidean));
+        const float size = bound < 0 ? -bound : bound;
+        out[l] = bound + size * 0x1p-22f + 0x1p-140f;  // a step up and more: covers the rounding to float32
+      }
+    }
+    if (norms.any_wild)
+      for (int l = 0; l < kLanes; ++l) out[l] = norms.wild[l] ? kInfinity : out[l];
+    for (int l = block.count; l < kLanes; ++l) out[l] = -kInfinity;
+  }
+};
+
+}  // namespace
+}  // namespace fastvq
+
+#if defined(__AVX512VNNI__)
+#include "int8_screen.h"
+#endif
+
+namespace fastvq {
+namespace {
+
+// Screens all codes in float32. Candidates past what is kept go to the exact re-score; returns whether any did.
+template <class Exact>
+bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const float* rows,
+                      const BlockScratch& scratch, Candidates* candidates, Exact* exact) {
+  FloatVector best = broadcast(kInfinity);
+  bool spilled = false;
+  float* minima = static_cast<float*>(scratch.minima);
+  for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
+    const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
+    best = screen(codebook.screen + first * codebook.width * kGroup, codebook.bias + first * kGroup, groups,
+                  codebook.width, rows, minima, best);
+    float so_far[kLanes], limits[kLanes];
+    store(so_far, best);
+    bounds.thresholds(so_far, limits);
+    const FloatVector threshold = load<FloatVector>(limits);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      unsigned lanes = not_above(load<FloatVector>(minima + g * kLanes), threshold);
+      for (; lanes; lanes &= lanes - 1) {
+        if (candidates->full()) {
+          candidates->all_exact(exact);
+          spilled = true;
+        }
+        candidates->add(__builtin_ctz(lanes), first + g);
+      }
+    }
+  }
+  return spilled;
+}
 
 template <bool kDot>
 void screened_nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch,
                       const Certificate& certificate, Nearest* nearest) {
   RowNorms norms;
   const float* rows = centre(codebook, block, scratch.centred, &norms);
-  Rescore<kDot, float, float> rescore(codebook, block, nearest);
-  FloatVector best = broadcast(kInfinity);
-  for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
-    const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
-    best = screen(codebook.screen + first * codebook.width * kGroup, codebook.bias + first * kGroup, groups,
-                  codebook.width, rows, scratch.minima, best);
-    FloatVector threshold = broadcast(-kInfinity);
-    for (int l = 0; l < block.count; ++l) {
-      const double bound = certificate.threshold(best[l], norms.norm[l], norms.residual[l], !kDot);
-      // One step up covers the rounding to float32.
-      const float above = __builtin_nextafterf(static_cast<float>(bound), kInfinity);
-      threshold[l] = norms.wild[l] ? kInfinity : block.certify ? above : best[l];
-    }
-    for (std::int64_t g = 0; g < groups; ++g) {
-      unsigned lanes = not_above(load<FloatVector>(scratch.minima + g * kLanes), threshold);
-      for (; lanes; lanes &= lanes - 1) rescore.add(__builtin_ctz(lanes), first + g);
-    }
+  const Bounds bounds{certificate, norms, block, !kDot};
+  Rescore<kDot, float, float> exact(codebook, block);
+  Candidates candidates(codebook, rows, scratch);
+  bool decided[kLanes] = {};
+  bool spilled = false;
+#if defined(__AVX512VNNI__)
+  if (!codebook.int8_codes || !int8_candidates(codebook, bounds, rows, scratch, &candidates))
+#endif
+    spilled = float_candidates(codebook, bounds, rows, scratch, &candidates, &exact);
+  if (spilled) {
+    candidates.all_exact(&exact);
+  } else {
+    candidates.score();
+    float threshold[kLanes];
+    bounds.thresholds(candidates.best(), threshold);
+    candidates.decide(threshold, block.want_value, &exact, nearest, decided);
   }
-  rescore.finish(block.count);
+  for (int l = 0; l < block.count; ++l)
+    if (!decided[l]) exact.finish(l, nearest);
 }
 
 template <bool kDot>
@@ -260,6 +430,12 @@ void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScr
 #define FASTVQ_TEXT(isa) #isa
 #define FASTVQ_STRING(isa) FASTVQ_TEXT(isa)
 extern const RowKernel FASTVQ_KERNEL(FASTVQ_ISA);
-const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA), kLanes, nearest};
+#if defined(__AVX512VNNI__)
+const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {
+    FASTVQ_STRING(FASTVQ_ISA), kLanes, true, nearest, load_rows, load_codes, measure, screen_codes, quantise_codes};
+#else
+const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {
+    FASTVQ_STRING(FASTVQ_ISA), kLanes, false, nearest, load_rows, load_codes, measure, screen_codes, nullptr};
+#endif
 
 }  // namespace fastvq

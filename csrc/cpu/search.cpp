@@ -15,7 +15,7 @@ void search_head(const Rows& x, const PackedCodebook& codebook, bool certify, st
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
         block.load(x, first, count);
-        block.nearest(codebook.view(), count, certify, &nearest);
+        block.nearest(codebook.view(), count, certify, distances.data != nullptr, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first_row + first + l;
           indices[n] = nearest.index[l];
@@ -40,7 +40,8 @@ void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, 
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     if (rows.count == 0) return;
-    const PackedCodebook packed((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double, threads);
+    const PackedCodebook packed((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double,
+                                row_kernel().int8, threads);
     dispatch_working(is_double, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       search_head<X>(rows, packed, certify, indices, distances, h * rows.count, threads);

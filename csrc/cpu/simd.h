@@ -65,6 +65,20 @@ inline FloatVector subtract_product(FloatVector acc, FloatVector x, FloatVector 
 #endif
 }
 
+// Eight floats: a value for each code of a group.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+typedef FloatVector GroupVector;
+#else
+typedef float GroupVector __attribute__((vector_size(32)));
+inline GroupVector subtract_product(GroupVector acc, GroupVector x, GroupVector c) {
+#if defined(__AVX512F__)
+  return _mm256_fnmadd_ps(x, c, acc);
+#else
+  return acc - x * c;
+#endif
+}
+#endif
+
 inline FloatVector smaller(FloatVector a, FloatVector b) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(a, b);
@@ -90,6 +104,27 @@ inline unsigned not_above(FloatVector a, FloatVector b) {
   for (int l = 0; l < kLanes; ++l) mask |= static_cast<unsigned>(a[l] <= b[l]) << l;
   return mask;
 #endif
+}
+
+// One bit a code of a group: score <= limit.
+inline unsigned group_not_above(const float* scores, float limit) {
+#if defined(__AVX2__)
+  return static_cast<unsigned>(
+      _mm256_movemask_ps(_mm256_cmp_ps(load<GroupVector>(scores), _mm256_set1_ps(limit), _CMP_LE_OQ)));
+#else
+  unsigned mask = 0;
+  for (int j = 0; j < 8; ++j) mask |= static_cast<unsigned>(scores[j] <= limit) << j;
+  return mask;
+#endif
+}
+
+inline float smallest(GroupVector v) {
+  typedef std::int32_t Index __attribute__((vector_size(32)));
+  const GroupVector a = __builtin_shuffle(v, Index{4, 5, 6, 7, 0, 1, 2, 3});
+  v = a < v ? a : v;
+  const GroupVector b = __builtin_shuffle(v, Index{2, 3, 0, 1, 6, 7, 4, 5});
+  v = b < v ? b : v;
+  return v[1] < v[0] ? v[1] : v[0];
 }
 
 }  // namespace

@@ -38,7 +38,6 @@ template <class Working, class X, class Code>
 double quantize_head(const Rows& x, const Rows& codes, const PackedCodebook& codebook, const std::uint8_t* mask,
                      X* quantized, std::int64_t* indices, int threads) {
   const RowKernel& kernel = row_kernel();
-  const bool euclidean = codebook.view().metric == Metric::kEuclidean;
   std::vector<double> partial(row_tasks(x.count), 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
     BlockSearch<Working> block(kernel, x.width, codebook.view().groups);
@@ -46,15 +45,14 @@ double quantize_head(const Rows& x, const Rows& codes, const PackedCodebook& cod
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
         block.load(x, first, count);
-        block.nearest(codebook.view(), count, true, &nearest);
+        block.nearest(codebook.view(), count, true, false, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first + l;
           const Code* code = codes.row<Code>(nearest.index[l]);
           indices[n] = nearest.index[l];
           copy_code(code, codes.step, x.width, quantized + n * x.width);
           if (mask && !mask[n]) continue;
-          partial[task] += euclidean ? nearest.value[l]
-                                     : squared_distance(block.rows() + l, block.lanes(), code, codes.step, x.width);
+          partial[task] += squared_distance(block.rows() + l, block.lanes(), code, codes.step, x.width);
         }
       });
     }
@@ -77,7 +75,7 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
     if (rows.count == 0) break;
     const std::int64_t first = h * rows.count;
     const std::uint8_t* head_mask = mask ? mask + first : nullptr;
-    const PackedCodebook packed(codes, metric, !is_double, threads);
+    const PackedCodebook packed(codes, metric, !is_double, row_kernel().int8, threads);
     counted += counted_rows(head_mask, rows.count);
     dispatch_pair(x.dtype, codes.dtype, [&](auto* x_type, auto* code_type) {
       using X = std::remove_pointer_t<decltype(x_type)>;

@@ -204,6 +204,27 @@ void bound_case(std::int64_t d) {
   compare(x, c, Metric::kEuclidean, 1, "bound, D " + std::to_string(d));
 }
 
+// The same for int8. Rounding moves the row 0.45 units one way in 64 dimensions and the code w 0.45 units the other, so
+// that w, the nearest, looks farther by nearly all the slack; code j is stored exactly and looks nearer than it is. One
+// dimension of 127 fixes the units at 1, and far codes of both signs keep the mean near zero.
+void int8_bound_case() {
+  constexpr std::int64_t d = 65, k = 256;
+  Matrix x(1, d, 1, 0), c(k, d, 1, 0);
+  for (std::int64_t i = 0; i < d; ++i) {
+    x.at(0, i) = i ? 10.45f : 127.0f;
+    for (std::int64_t n = 0; n < k; ++n) {
+      const float far = n % 2 ? 127.0f : -127.0f;
+      const float near = n < 8 ? 9.0f : 11.55f;
+      const bool is_near = n < 8 || (n >= 16 && n < 24);
+      c.at(n, i) = !is_near ? far : i ? near : 127.0f;
+    }
+  }
+  for (std::int64_t n = 0; n < k; ++n)
+    if (n >= 24 || (n >= 8 && n < 16)) c.at(n, 1 + n % 64) = 100.0f;  // no two of them alike
+  if (canonical(x, 0, c, Metric::kEuclidean) != 16) return fail("the constructed row does not do what it should");
+  compare(x, c, Metric::kEuclidean, 1, "int8 bound");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -212,6 +233,7 @@ int main(int argc, char** argv) {
     for (int i = 0; i < std::atoi(argv[3]); ++i) random_case(random);
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
+    int8_bound_case();
   } else {
     std::printf("usage: driver random SEED COUNT | driver bound\n");
     return 2;

@@ -1,0 +1,198 @@
+// Screening in int8 (AVX-512 VNNI): part of row_kernel_impl.h. docs/certified-search.md, "Screening in int8".
+//
+// For a row x~ = s_x p and a code c~ = s_c q, with p and q in int8, the screened score is the integer
+// I = p . q - |q|^2 / 2 * s_c / s_x, the larger the nearer. The dot product is exact; vpdpbusd wants one unsigned
+// operand, so the row is stored as p + 128 and the accumulator starts at -128 times the sum of q. The bias is one int16
+// dot product of (a, b) of the code, |q|^2 / 2 = 1024 a + 32 b + error, and (-f, -g) of the row.
+
+namespace fastvq {
+namespace {
+
+typedef std::int32_t IntVector __attribute__((vector_size(64)));
+
+// acc + the dot products of four uint8 of each lane of x with the four int8 at `code`. In assembly: gcc 12 spills the
+// accumulators of the intrinsic.
+inline void add_dot4(IntVector& acc, IntVector x, const std::int32_t* code) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(x), "m"(*code));
+}
+inline void add_dot2(IntVector& acc, IntVector pair, const std::int32_t* code) {
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(pair), "m"(*code));
+}
+inline IntVector larger(IntVector a, IntVector b) {
+  return reinterpret_cast<IntVector>(_mm512_max_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+inline IntVector broadcast(std::int32_t v) {
+  return v - IntVector{};
+}
+
+// The scores of `groups` groups; keeps the largest of each group, returns the largest of all.
+IntVector screen_int8(const std::int32_t* codes, const std::int32_t* start, const std::int32_t* bias,
+                      std::int64_t groups, std::int64_t quads, const std::int32_t* rows, IntVector row_bias,
+                      std::int32_t* maxima, IntVector best) {
+  for (std::int64_t g = 0; g < groups; ++g, start += kGroup, bias += kGroup) {
+    IntVector s0 = broadcast(start[0]), s1 = broadcast(start[1]), s2 = broadcast(start[2]), s3 = broadcast(start[3]);
+    IntVector s4 = broadcast(start[4]), s5 = broadcast(start[5]), s6 = broadcast(start[6]), s7 = broadcast(start[7]);
+    add_dot2(s0, row_bias, bias + 0);
+    add_dot2(s1, row_bias, bias + 1);
+    add_dot2(s2, row_bias, bias + 2);
+    add_dot2(s3, row_bias, bias + 3);
+    add_dot2(s4, row_bias, bias + 4);
+    add_dot2(s5, row_bias, bias + 5);
+    add_dot2(s6, row_bias, bias + 6);
+    add_dot2(s7, row_bias, bias + 7);
+    for (std::int64_t i = 0; i < quads; ++i, codes += kGroup) {
+      const IntVector x = load<IntVector>(rows + i * kLanes);
+      add_dot4(s0, x, codes + 0);
+      add_dot4(s1, x, codes + 1);
+      add_dot4(s2, x, codes + 2);
+      add_dot4(s3, x, codes + 3);
+      add_dot4(s4, x, codes + 4);
+      add_dot4(s5, x, codes + 5);
+      add_dot4(s6, x, codes + 6);
+      add_dot4(s7, x, codes + 7);
+    }
+    const IntVector maximum = larger(larger(larger(s0, s1), larger(s2, s3)), larger(larger(s4, s5), larger(s6, s7)));
+    store(maxima + g * kLanes, maximum);
+    best = larger(best, maximum);
+  }
+  return best;
+}
+
+// The rows of a block in int8.
+struct Int8Rows {
+  float scale[kLanes];        // s_x
+  double residual[kLanes];    // at least |x~ - s_x p|
+  double squares[kLanes];     // at most |p|^2
+  double bias_error[kLanes];  // at least the error of the bias, in units of I
+  std::int32_t bias[kLanes];  // (-f, -g), f and g near 1024 s_c / s_x and 32 s_c / s_x
+};
+
+void quantise(const CodebookView& codebook, const float* rows, std::int32_t* packed, Int8Rows* out) {
+  const std::int64_t width = codebook.width;
+  FloatVector largest = {};
+  for (std::int64_t d = 0; d < width; ++d) {
+    const FloatVector x = load<FloatVector>(rows + d * kLanes);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+  }
+  // s_c / s_x stays below 31, so that f fits into int16.
+  const FloatVector scale = _mm512_max_ps(largest * (1.0f / 127), broadcast(codebook.int8_scale / 31));
+  const FloatVector inverse = 1.0f / scale;
+  FloatVector residual = {}, squares = {};
+  for (std::int64_t d = 0; d < width; d += 4) {
+    IntVector quad = {};
+    for (int j = 0; j < 4 && d + j < width; ++j) {
+      const FloatVector x = load<FloatVector>(rows + (d + j) * kLanes);
+      const FloatVector q =
+          _mm512_roundscale_ps(_mm512_min_ps(_mm512_max_ps(x * inverse, broadcast(-127.0f)), broadcast(127.0f)), 0);
+      const FloatVector error = subtract_product(x, q, scale);
+      residual += error * error;
+      squares += q * q;
+      const IntVector offset = __builtin_convertvector(q + 128.0f, IntVector);
+      quad |= offset << (8 * j);
+    }
+    store(packed + d / 4 * kLanes, quad);
+  }
+  const double ratio_up = 1 + 1e-6 + static_cast<double>(width) * 0x1p-23;
+  // Sums of integers below 2^24 are exact; past that they may have rounded up.
+  const double squares_down = width <= 1024 ? 1 : 1 - static_cast<double>(width) * 0x1p-23;
+  float errors[kLanes], norms[kLanes];
+  store(out->scale, scale);
+  store(errors, residual);
+  store(norms, squares);
+  for (int l = 0; l < kLanes; ++l) {
+    out->residual[l] = __builtin_sqrt(static_cast<double>(errors[l]) * ratio_up + 0x1p-100) * (1 + 1e-6);
+    out->squares[l] = static_cast<double>(norms[l]) * squares_down;
+    const double ratio = static_cast<double>(codebook.int8_scale) / out->scale[l];
+    const auto f = static_cast<std::int32_t>(ratio * 1024 + 0.5), g = static_cast<std::int32_t>(ratio * 32 + 0.5);
+    const double miss_f = ratio * 1024 - f, miss_g = ratio * 32 - g;
+    out->bias_error[l] = ratio * codebook.bias_error + (miss_f < 0 ? -miss_f : miss_f) * codebook.bias_high +
+                         (miss_g < 0 ? -miss_g : miss_g) * codebook.bias_low;
+    out->bias[l] = (-f & 0xffff) | static_cast<std::int32_t>(static_cast<std::uint32_t>(-g) << 16);
+  }
+}
+
+// For each row: codes whose I is below this cannot win. best: the smallest float32 score of a code of the row.
+void int8_thresholds(const CodebookView& codebook, const Bounds& bounds, const Int8Rows& rows, const float* best,
+                     std::int32_t* out) {
+  for (int l = 0; l < kLanes; ++l) {
+    const double unit = static_cast<double>(rows.scale[l]) * codebook.int8_scale;
+    const double nearest = bounds.certificate.distance(best[l], bounds.norms.norm[l], bounds.norms.residual[l]);
+    const double slack = rows.residual[l] + bounds.norms.residual[l] + codebook.int8_residual;
+    const double reach = nearest + FASTVQ_BOUND_FACTOR * slack;
+    const double half_norm = rows.squares[l] * rows.scale[l] * rows.scale[l] / 2;
+    const double highest = (reach * reach / 2 - half_norm) / unit + FASTVQ_BOUND_FACTOR * rows.bias_error[l];
+    const double limit = -highest - 2;  // 2: the rounding of all this, and of the conversion
+    const double lowest = kExcluded + 1;
+    out[l] = static_cast<std::int32_t>(limit > lowest ? limit : lowest);
+  }
+  for (int l = bounds.block.count; l < kLanes; ++l) out[l] = INT32_MAX;
+}
+
+inline unsigned lanes_at_least(const std::int32_t* a, IntVector b) {
+  return _mm512_cmp_epi32_mask(reinterpret_cast<__m512i>(load<IntVector>(a)), reinterpret_cast<__m512i>(b),
+                               _MM_CMPINT_NLT);
+}
+
+// The candidates of a block, the best group of each row scored first, so that the threshold starts from a distance that
+// is known well. False when there are too many, or the last blocks had: then nothing is in `candidates`.
+bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const float* rows, const BlockScratch& scratch,
+                     Candidates* candidates) {
+  Int8Trial& trial = *scratch.trial;
+  if (trial.skip > 0) {
+    --trial.skip;
+    return false;
+  }
+  if (bounds.norms.any_wild) return false;
+  const unsigned live = (1u << bounds.block.count) - 1;  // the rows that are there
+  const std::int64_t fifth = codebook.groups * bounds.block.count / 5;
+  const std::int64_t most = fifth < kMaxCandidates - kLanes ? fifth : kMaxCandidates - kLanes;
+  const std::int64_t quads = (codebook.width + 3) / 4;
+  const auto* codes = reinterpret_cast<const std::int32_t*>(codebook.int8_codes);
+  auto* maxima = static_cast<std::int32_t*>(scratch.minima);
+  Int8Rows quantised;
+  quantise(codebook, rows, scratch.packed, &quantised);
+  const IntVector row_bias = load<IntVector>(quantised.bias);
+  IntVector best = broadcast(kExcluded);
+  for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
+    const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
+    const IntVector before = best;
+    best = screen_int8(codes + first * quads * kGroup, codebook.int8_start + first * kGroup,
+                       codebook.int8_bias + first * kGroup, groups, quads, scratch.packed, row_bias, maxima, best);
+    std::int64_t best_group[kLanes];
+    for (std::int64_t& g : best_group) g = -1;
+    unsigned searching = live & _mm512_cmp_epi32_mask(reinterpret_cast<__m512i>(best),
+                                                      reinterpret_cast<__m512i>(before), _MM_CMPINT_NLE);
+    for (std::int64_t g = 0; searching; ++g) {
+      unsigned found = searching & lanes_at_least(maxima + g * kLanes, best);
+      searching &= ~found;
+      for (; found; found &= found - 1) {
+        const int lane = __builtin_ctz(found);
+        best_group[lane] = g;
+        candidates->add(lane, first + g);
+      }
+    }
+    candidates->score();
+    std::int32_t limits[kLanes];
+    int8_thresholds(codebook, bounds, quantised, candidates->best(), limits);
+    const IntVector threshold = load<IntVector>(limits);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      unsigned lanes = live & lanes_at_least(maxima + g * kLanes, threshold);
+      for (; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        if (best_group[lane] == g) continue;
+        if (candidates->count() >= most) {
+          candidates->clear();
+          trial.penalty = trial.penalty < 32 ? 2 * trial.penalty + 1 : 63;
+          trial.skip = trial.penalty;
+          return false;
+        }
+        candidates->add(lane, first + g);
+      }
+    }
+  }
+  trial.penalty = 0;
+  return true;
+}
+
+}  // namespace
+}  // namespace fastvq
