@@ -43,6 +43,15 @@ struct Certificate {
     return (__builtin_sqrt(squared > 0 ? squared : 0) + row_residual + residual) * (1 + double_sum);
   }
 
+  // At least |e_k| of every code.
+  double farthest() const { return norm + residual; }
+
+  // At least |e_w|^2 / 2 - x~ . e_w of the canonical winner w; `best` and `reach` as given to and by distance().
+  double score(double best, double row_norm, double row_residual, double reach) const {
+    return best + accumulation(row_norm) + residual * (reach + residual) + 2 * row_residual * farthest() +
+           double_sum * reach * reach;
+  }
+
   // No code whose screened score lies above this can be the canonical nearest. best: the smallest screened score;
   // row_norm >= |x~|, row_residual >= |(x - m) S - x~|.
   double threshold(double best, double row_norm, double row_residual, bool euclidean) const {

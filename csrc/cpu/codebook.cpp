@@ -50,6 +50,11 @@ PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, 
   }
 }
 
+std::int64_t PackedCodebook::bytes() const {
+  const std::int64_t elements = view_.groups * view_.width * kGroup;
+  return elements * ((exact_float_ ? 4 : 8) + (screen_ ? 4 : 0) + (int8_codes_ ? 1 : 0)) + view_.groups * kGroup * 12;
+}
+
 template <class T>
 void PackedCodebook::copy_exact(const Rows& codes, T* exact, int threads) const {
   const std::int64_t width = view_.width;
@@ -85,9 +90,11 @@ void PackedCodebook::prepare_screen(int threads) {
   std::vector<float> sums(tasks * width * kGroup, 0.0f);
   std::vector<CodeStatistics> partial;
   for (std::int64_t task = 0; task < tasks; ++task) partial.push_back({&sums[task * width * kGroup], 0, 0, 0});
+  std::vector<std::uint32_t> hashes(groups * kGroup);
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
     const int count = static_cast<int>(std::min<std::int64_t>(kGroup, view_.size - g * kGroup));
-    kernel.measure(exact + g * width * kGroup, width, count, bias_.get() + g * kGroup, &partial[task]);
+    kernel.measure(exact + g * width * kGroup, width, count, bias_.get() + g * kGroup, &hashes[g * kGroup],
+                   &partial[task]);
   });
   std::vector<double> mean(width, 0.0);
   double squares = 0, largest = 0;
@@ -100,6 +107,8 @@ void PackedCodebook::prepare_screen(int threads) {
   }
   // A dot product with an infinity can be the largest of all: such a codebook is not screened.
   if (finite == 0 || (view_.metric == Metric::kDot && finite != view_.size)) return;
+
+  exclude_copies(hashes.data());
 
   // Centring pays when the mean is not small beside the spread; when it is, the codes as they are have no rounding.
   double mean_norm = 0, mean_largest = 0;
@@ -139,6 +148,34 @@ void PackedCodebook::prepare_screen(int threads) {
   view_.residual = (std::sqrt(residual) + (centred ? 0x1p-51 * view_.screen_norm : 0)) * kUp;
   view_.screen = copied ? screen_.get() : exact;
   view_.bias = bias_.get();
+}
+
+// A later copy of a code never wins: of equal distances the smallest index does. Left in, the copies of a collapsed
+// codebook would all have to be scored exactly.
+void PackedCodebook::exclude_copies(const std::uint32_t* hashes) {
+  std::size_t slots = 16;
+  while (slots < 2 * static_cast<std::size_t>(view_.size)) slots *= 2;
+  std::vector<std::int32_t> table(slots, -1);
+  const auto equal = [&](std::int64_t a, std::int64_t b) {
+    const float* at = exact_float_.get();
+    const auto element = [&](std::int64_t k, std::int64_t d) {
+      return bit_cast<std::uint32_t>(at[(k / kGroup * view_.width + d) * kGroup + k % kGroup]);
+    };
+    for (std::int64_t d = 0; d < view_.width; ++d)
+      if (element(a, d) != element(b, d)) return false;
+    return true;
+  };
+  for (std::int64_t k = 0; k < view_.size; ++k) {
+    if (bias_[k] != 0) continue;
+    std::size_t slot = hashes[k] & (slots - 1);
+    while (table[slot] >= 0 && (hashes[table[slot]] != hashes[k] || !equal(table[slot], k)))
+      slot = (slot + 1) & (slots - 1);
+    if (table[slot] >= 0) {
+      bias_[k] = kInfinity;
+    } else {
+      table[slot] = static_cast<std::int32_t>(k);
+    }
+  }
 }
 
 void PackedCodebook::prepare_int8(int threads) {

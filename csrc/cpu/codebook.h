@@ -49,11 +49,13 @@ class PackedCodebook {
   PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads);
 
   const CodebookView& view() const { return view_; }
+  std::int64_t bytes() const;
 
  private:
   template <class T>
   void copy_exact(const Rows& codes, T* exact, int threads) const;
   void prepare_screen(int threads);
+  void exclude_copies(const std::uint32_t* hashes);
   void prepare_int8(int threads);
 
   CodebookView view_;

@@ -114,13 +114,19 @@ void quantise(const CodebookView& codebook, const float* rows, std::int32_t* pac
 // For each row: codes whose I is below this cannot win. best: the smallest float32 score of a code of the row.
 void int8_thresholds(const CodebookView& codebook, const Bounds& bounds, const Int8Rows& rows, const float* best,
                      std::int32_t* out) {
+  const Certificate& certificate = bounds.certificate;
   for (int l = 0; l < kLanes; ++l) {
     const double unit = static_cast<double>(rows.scale[l]) * codebook.int8_scale;
-    const double nearest = bounds.certificate.distance(best[l], bounds.norms.norm[l], bounds.norms.residual[l]);
-    const double slack = rows.residual[l] + bounds.norms.residual[l] + codebook.int8_residual;
-    const double reach = nearest + FASTVQ_BOUND_FACTOR * slack;
+    const double nearest = certificate.distance(best[l], bounds.norms.norm[l], bounds.norms.residual[l]);
+    const double row_residual = FASTVQ_BOUND_FACTOR * (rows.residual[l] + bounds.norms.residual[l]);
+    const double code_residual = FASTVQ_BOUND_FACTOR * codebook.int8_residual;
+    const double reach = nearest + row_residual + code_residual;
     const double half_norm = rows.squares[l] * rows.scale[l] * rows.scale[l] / 2;
-    const double highest = (reach * reach / 2 - half_norm) / unit + FASTVQ_BOUND_FACTOR * rows.bias_error[l];
+    const double by_distance = reach * reach / 2 - half_norm;
+    const double by_score = certificate.score(best[l], bounds.norms.norm[l], bounds.norms.residual[l], nearest) +
+                            reach * code_residual + row_residual * certificate.farthest();
+    const double highest =
+        (by_distance < by_score ? by_distance : by_score) / unit + FASTVQ_BOUND_FACTOR * rows.bias_error[l];
     const double limit = -highest - 2;  // 2: the rounding of all this, and of the conversion
     const double lowest = kExcluded + 1;
     out[l] = static_cast<std::int32_t>(limit > lowest ? limit : lowest);

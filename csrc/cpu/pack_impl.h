@@ -47,6 +47,8 @@ void load_codes(const float* const* rows, std::int64_t width, float* codes) {
   transpose_rows<GroupVector, GroupIndex, kGroup>(rows, width, codes);
 }
 
+typedef std::uint32_t GroupHash __attribute__((vector_size(32)));
+
 inline GroupVector magnitude(GroupVector v) {
   return reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(v) & 0x7fffffff);
 }
@@ -54,12 +56,16 @@ inline GroupVector larger(GroupVector a, GroupVector b) {
   return a > b ? a : b;
 }
 
-void measure(const float* codes, std::int64_t width, int count, float* bias, CodeStatistics* statistics) {
+void measure(const float* codes, std::int64_t width, int count, float* bias, std::uint32_t* hashes,
+             CodeStatistics* statistics) {
   GroupVector poison = {};  // becomes NaN where an element is not finite
+  GroupHash hash = {};
   for (std::int64_t d = 0; d < width; ++d) {
     const GroupVector c = load<GroupVector>(codes + d * kGroup);
     poison += c - c;
+    hash = (hash ^ reinterpret_cast<GroupHash>(c)) * 0x9e3779b1u;
   }
+  store(hashes, hash ^ (hash >> 15));
   GroupIndex keep;  // ones for the codes that count
   for (int j = 0; j < kGroup; ++j) {
     const bool usable = j < count && poison[j] == 0;
@@ -124,7 +130,8 @@ void quantise_codes(const float* screened, const float* bias, std::int64_t width
                     std::int32_t* start, std::int32_t* bias_pairs, CodeExtremes* extremes) {
   const GroupVector inverse = 1.0f / (scale - GroupVector{});
   GroupVector residual = {};
-  GroupIndex sum = {}, squares = {};
+  GroupIndex sum = {}, squares = {}, keep;
+  for (int j = 0; j < kGroup; ++j) keep[j] = bias[j] == kInfinity ? 0 : -1;
   for (std::int64_t d = 0; d < width; d += 4) {
     GroupIndex quad = {};
     for (int j = 0; j < 4 && d + j < width; ++j) {
@@ -134,7 +141,7 @@ void quantise_codes(const float* screened, const float* bias, std::int64_t width
                           _MM_FROUND_TO_NEAREST_INT);
       const GroupVector error = subtract_product(c, q, scale - GroupVector{});
       residual += error * error;
-      const GroupIndex integer = __builtin_convertvector(q, GroupIndex);
+      const GroupIndex integer = __builtin_convertvector(q, GroupIndex) & keep;
       sum += integer;
       squares += integer * integer;
       quad |= (integer & 0xff) << (8 * j);

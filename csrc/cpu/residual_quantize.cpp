@@ -3,6 +3,7 @@
 
 #include "block.h"
 #include "code_sums.h"
+#include "codebook_cache.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -11,7 +12,7 @@ namespace {
 
 struct Stage {
   Rows codes;
-  PackedCodebook packed;
+  std::shared_ptr<const PackedCodebook> packed;
 };
 
 // All stages of a block of rows while it is in cache. `losses` gets the sums of squared differences, a stage each.
@@ -22,7 +23,7 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
   std::vector<double> partial(row_tasks(x.count) * stage_count, 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, width, stages[0].packed.view().groups);
+    BlockSearch<Working> block(kernel, width, stages[0].packed->view().groups);
     const int lanes = block.lanes();
     std::vector<Working> sum(width * lanes);
     Nearest nearest;
@@ -32,7 +33,7 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
         Working* residual = block.rows();
         for (std::int64_t q = 0; q < stage_count; ++q) {
           const Rows& codes = stages[q].codes;
-          block.nearest(stages[q].packed.view(), count, true, false, &nearest);
+          block.nearest(stages[q].packed->view(), count, true, false, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);
@@ -59,10 +60,6 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
     for (std::int64_t q = 0; q < stage_count; ++q) (*losses)[q] += partial[task * stage_count + q];
 }
 
-std::size_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 bool works_in_double(const Tensor& x, const Tensor& codebooks) {
   return x.dtype == DType::kFloat64 || codebooks.dtype == DType::kFloat64;
 }
@@ -82,7 +79,7 @@ void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Met
     std::vector<Stage> stages;
     for (std::int64_t q = 0; q < stage_count; ++q) {
       const Rows codes = head_codebooks.select(0, q).rows();
-      stages.push_back({codes, PackedCodebook(codes, metric, !is_double, row_kernel().int8, threads)});
+      stages.push_back({codes, packed_codebook(codes, metric, !is_double, threads)});
     }
     char* out = static_cast<char*>(quantized) + h * rows.count * rows.width * element_bytes(x.dtype);
     dispatch_working(is_double, [&](auto* type) {

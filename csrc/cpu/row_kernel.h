@@ -72,8 +72,10 @@ struct RowKernel {
 
   // The packing of one group: `codes` is [D][8], and 8 rows of D contiguous floats for load_codes.
   void (*load_codes)(const float* const* rows, std::int64_t width, float* codes);
-  // bias [8] becomes 0 for the codes that are finite, among the first `count`, and infinite for the others.
-  void (*measure)(const float* codes, std::int64_t width, int count, float* bias, CodeStatistics* statistics);
+  // bias [8] becomes 0 for the codes that are finite, among the first `count`, and infinite for the others; hashes [8]
+  // are equal for equal codes.
+  void (*measure)(const float* codes, std::int64_t width, int count, float* bias, std::uint32_t* hashes,
+                  CodeStatistics* statistics);
   // screened (or null, where it would equal `codes`) = float32((codes - mean) scale), and bias = |c~|^2 / 2.
   void (*screen)(const float* codes, const CodebookView&, float* bias, float* screened, CodeExtremes* extremes);
   // The int8 form of screened codes; see CodebookView.

@@ -1,4 +1,5 @@
 #include "block.h"
+#include "codebook_cache.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -40,11 +41,11 @@ void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, 
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     if (rows.count == 0) return;
-    const PackedCodebook packed((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double,
-                                row_kernel().int8, threads);
+    const std::shared_ptr<const PackedCodebook> packed =
+        packed_codebook((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double, threads);
     dispatch_working(is_double, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
-      search_head<X>(rows, packed, certify, indices, distances, h * rows.count, threads);
+      search_head<X>(rows, *packed, certify, indices, distances, h * rows.count, threads);
     });
   }
 }

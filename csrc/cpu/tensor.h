@@ -9,6 +9,10 @@ namespace fastvq {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+inline std::int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 struct BFloat16 {
   std::uint16_t bits;
 };
@@ -117,8 +121,7 @@ struct Tensor {
   // Index i of dimension `dim`, which goes.
   Tensor select(int dim, std::int64_t i) const {
     Tensor part = *this;
-    const std::int64_t bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-    part.data = static_cast<char*>(data) + i * strides[dim] * bytes;
+    part.data = static_cast<char*>(data) + i * strides[dim] * element_bytes(dtype);
     part.dims = dims - 1;
     for (int d = dim; d < part.dims; ++d) {
       part.sizes[d] = sizes[d + 1];

@@ -5,6 +5,7 @@
 
 #include "block.h"
 #include "code_sums.h"
+#include "codebook_cache.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -75,14 +76,14 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
     if (rows.count == 0) break;
     const std::int64_t first = h * rows.count;
     const std::uint8_t* head_mask = mask ? mask + first : nullptr;
-    const PackedCodebook packed(codes, metric, !is_double, row_kernel().int8, threads);
+    const std::shared_ptr<const PackedCodebook> packed = packed_codebook(codes, metric, !is_double, threads);
     counted += counted_rows(head_mask, rows.count);
     dispatch_pair(x.dtype, codes.dtype, [&](auto* x_type, auto* code_type) {
       using X = std::remove_pointer_t<decltype(x_type)>;
       using Code = std::remove_pointer_t<decltype(code_type)>;
       using Working = std::conditional_t<std::is_same_v<X, double>, double, float>;
       total += quantize_head<Working, X, Code>(
-          rows, codes, packed, head_mask, static_cast<X*>(quantized) + first * rows.width, indices + first, threads);
+          rows, codes, *packed, head_mask, static_cast<X*>(quantized) + first * rows.width, indices + first, threads);
     });
   }
   const double elements = static_cast<double>(std::max<std::int64_t>(1, counted * x.sizes[x.dims - 1]));
