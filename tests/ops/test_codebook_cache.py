@@ -1,0 +1,106 @@
+"""The packed codebook is kept between calls; whatever changes the codes, the next search sees it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastvq
+
+
+def _by_optimizer(codebook: Tensor) -> None:
+    parameter = torch.nn.Parameter(codebook)
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([parameter], lr=3.0).step()
+
+
+def _by_address(codebook: Tensor) -> None:
+    ctypes.memset(codebook.data_ptr() + 4 * codebook.shape[1], 0x3F, 4 * codebook.shape[1])
+
+
+def _in_inference_mode(codebook: Tensor) -> None:
+    with torch.inference_mode():
+        codebook.add_(torch.arange(codebook.shape[0]).unsqueeze(1))
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda c: c.mul_(-1),
+    "one element": lambda c: c[5].__setitem__(2, 40.0),
+    "last element": lambda c: c[-1].__setitem__(-1, 1e-3),
+    "data": lambda c: c.data.neg_(),
+    "new data": lambda c: setattr(c, "data", c.flip(0).clone()),
+    "numpy alias": lambda c: c.numpy().__imul__(-2),
+    "view": lambda c: c.view(-1)[7:100].fill_(0.25),
+    "detached": lambda c: c.detach().zero_(),
+    "copy": lambda c: c.copy_(c.roll(1, 0)),
+    "out argument": lambda c: torch.add(c, 1.0, out=c),
+    "set": lambda c: c.set_(torch.full_like(c, 2.0).cumsum(0)),
+    "foreach": lambda c: torch._foreach_mul_([c], -3.0),
+    "optimizer": _by_optimizer,
+    "raw memory": _by_address,
+    "inference mode": _in_inference_mode,
+}
+
+
+def _data(seed: int, size: int, width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(97, width, generator=generator), torch.randn(size, width, generator=generator)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("size", "width"), [(7, 5), (129, 16), (300, 33)])
+def test_a_changed_codebook_is_seen(change: str, size: int, width: int) -> None:
+    x, codebook = _data(size, max(size, 8), width)
+    codebook = torch.cat([codebook, torch.zeros(8, width)]).clone()
+    for _ in range(2):
+        before = fastvq.search(x, codebook, backend="cpu")
+    kept = codebook.clone()
+    CHANGES[change](codebook)
+    assert not torch.equal(kept, codebook), "the change must change something"
+    after = fastvq.search(x, codebook, backend="cpu")
+    assert torch.equal(after, fastvq.search(x, codebook, backend="reference"))
+    assert torch.equal(before, fastvq.search(x, kept, backend="cpu"))
+
+
+def test_a_reused_address_is_no_proof() -> None:
+    """A codebook made where another one lay has the other's address, shape and version counter."""
+    x, _ = _data(0, 128, 16)
+    storage = torch.empty(128, 16)
+    for seed in range(4):
+        _, codes = _data(seed, 128, 16)
+        codebook = torch.frombuffer(storage.numpy(), dtype=torch.float32).view(128, 16)
+        codebook.copy_(codes)
+        assert torch.equal(
+            fastvq.search(x, codebook, backend="cpu"), fastvq.search(x, codebook, backend="reference")
+        ), seed
+
+
+def test_kinds_are_kept_apart() -> None:
+    """The same bytes under another metric or dtype are another codebook."""
+    x, codebook = _data(3, 96, 8)
+    for metric in ("euclidean", "dot", "euclidean", "cosine"):
+        for rows in (x, x.double(), x.bfloat16()):
+            assert torch.equal(
+                fastvq.search(rows, codebook, metric=metric, backend="cpu"),
+                fastvq.search(rows, codebook, metric=metric, backend="reference"),
+            )
+    halves = codebook.half()
+    alias = halves.view(torch.bfloat16)
+    alias = torch.where(alias.isfinite(), alias, 0).view(torch.float16).contiguous()
+    for codes in (alias, alias.view(torch.bfloat16)):
+        assert torch.equal(fastvq.search(x, codes, backend="cpu"), fastvq.search(x, codes, backend="reference"))
+
+
+def test_stages_and_heads_share_the_store() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, codebooks = torch.randn(64, 16, generator=generator), torch.randn(4, 100, 16, generator=generator)
+    want = fastvq.residual_quantize(x, codebooks, backend="reference")[1]
+    for _ in range(3):
+        assert torch.equal(fastvq.residual_quantize(x, codebooks, backend="cpu")[1], want)
+    codebooks[2] += 1
+    want = fastvq.residual_quantize(x, codebooks, backend="reference")[1]
+    assert torch.equal(fastvq.residual_quantize(x, codebooks, backend="cpu")[1], want)
