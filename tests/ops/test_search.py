@@ -322,7 +322,8 @@ def instruction_sets():
     """The sets that this machine can run, by the names FASTVQ_CPU_ISA knows."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    sets = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    sets = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": avx512, "avx512vnni": avx512 | {"avx512_vnni"}}
     return [
         pytest.param(name, marks=pytest.mark.skipif(not need <= flags, reason=f"this processor has no {name}"))
         for name, need in sets.items()
@@ -360,6 +361,14 @@ def test_each_instruction_set_gives_the_same_indices(isa):
     done = run_python(REDUCED, FASTVQ_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 20_000
+
+
+def test_an_unknown_instruction_set_is_refused():
+    code = "import torch, fastvq; fastvq.search(torch.randn(3, 4), torch.randn(5, 4), backend='cpu')"
+    done = run_python(code, FASTVQ_CPU_ISA="sse1")
+    assert done.returncode != 0
+    assert "FASTVQ_CPU_ISA must be one of" in done.stderr
+    assert "got 'sse1'" in done.stderr
 
 
 @COMPILED
