@@ -10,6 +10,11 @@ from fastvq import ops
 _fastvq = torch.ops.fastvq
 
 
+def _given(**optional: object) -> dict[str, object]:
+    """The optional arguments that were given."""
+    return {name: value for name, value in optional.items() if value is not None}
+
+
 def search(
     x: Tensor,
     codebook: Tensor,
@@ -38,12 +43,13 @@ def search(
         products for the other two metrics; float32, or float64 when an input is float64.
 
     Raises:
-        TypeError: an argument is no tensor, or has a dtype that is not floating.
+        TypeError: an argument is no dense tensor, has a dtype that is not floating, or no string where one is needed.
         ValueError: shapes or devices do not fit, K = 0, D = 0, or an unknown metric, precision or backend.
         BackendUnavailableError: the backend asked for by name cannot serve in this process.
     """
-    ops.check_tensor("x", x)
-    ops.check_tensor("codebook", codebook)
+    ops.check_tensors(x=x, codebook=codebook)
+    ops.check_strings(metric=metric, precision=precision)
+    ops.check_backend(backend)
     indices, distances = _fastvq.search(x.detach(), codebook.detach(), metric, return_distance, precision, backend)
     return (indices, distances) if return_distance else indices
 
@@ -80,10 +86,10 @@ def vector_quantize(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in `search`; also for a mask of the wrong dtype or shape.
     """
-    ops.check_tensor("x", x)
-    ops.check_tensor("codebook", codebook)
-    if mask is not None:
-        ops.check_tensor("mask", mask)
+    ops.check_tensors(x=x, codebook=codebook, **_given(mask=mask))
+    ops.check_strings(metric=metric)
+    ops.check_backend(backend)
+    ops.check_numbers(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
     return _fastvq.vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask, backend)
 
 
@@ -113,13 +119,12 @@ def code_sums(
         counts (K,) and sums (K, D), or (H, K) and (H, K, D) per head; float32, or float64 for float64 x.
 
     Raises:
-        TypeError, ValueError, BackendUnavailableError: as in `search`; also for indices that are not int64 or (found
-            by the CPU backends) lie at or past codebook_size.
+        TypeError, ValueError, BackendUnavailableError: as in `search`; also for indices that are not int64 or that lie
+            at or past codebook_size, in a row that the mask leaves out too.
     """
-    ops.check_tensor("x", x)
-    ops.check_tensor("indices", indices)
-    if mask is not None:
-        ops.check_tensor("mask", mask)
+    ops.check_tensors(x=x, indices=indices, **_given(mask=mask))
+    ops.check_integers(codebook_size=codebook_size)
+    ops.check_backend(backend)
     return _fastvq.code_sums(x.detach(), indices, codebook_size, mask, per_head, backend)
 
 
@@ -152,15 +157,9 @@ def ema_update_(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in `search`; also for a decay outside 0 to 1.
     """
-    tensors = {
-        "codebook": codebook,
-        "cluster_size": cluster_size,
-        "embed_avg": embed_avg,
-        "counts": counts,
-        "sums": sums,
-    }
-    for name, tensor in tensors.items():
-        ops.check_tensor(name, tensor)
+    ops.check_tensors(codebook=codebook, cluster_size=cluster_size, embed_avg=embed_avg, counts=counts, sums=sums)
+    ops.check_numbers(decay=decay, eps=eps)
+    ops.check_backend(backend)
     with torch.no_grad():
         _fastvq.ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay, eps, backend)
 
@@ -187,6 +186,7 @@ def residual_quantize(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in `search`; also for Q = 0.
     """
-    ops.check_tensor("x", x)
-    ops.check_tensor("codebooks", codebooks)
+    ops.check_tensors(x=x, codebooks=codebooks)
+    ops.check_strings(metric=metric)
+    ops.check_backend(backend)
     return _fastvq.residual_quantize(x, codebooks, metric, backend)

@@ -27,10 +27,40 @@ def _shape(t: Tensor) -> str:
     return "(" + ", ".join(str(s) for s in t.shape) + ("," if t.dim() == 1 else "") + ")"
 
 
-def check_tensor(name: str, value: object) -> None:
-    """TypeError unless `value` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+def check_tensors(**values: object) -> None:
+    """TypeError unless each value is a tensor that lies in strided memory."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor (torch.strided); got {value.layout}")
+
+
+def check_numbers(**values: object) -> None:
+    """TypeError unless each value is a real number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name} must be a float; got {type(value).__name__}")
+
+
+def check_integers(**values: object) -> None:
+    """TypeError unless each value is an integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+
+
+def check_strings(**values: object) -> None:
+    """TypeError unless each value is a string."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string; got {type(value).__name__}")
+
+
+def check_backend(backend: object) -> None:
+    """TypeError or ValueError unless `backend` is None or a backend's name."""
+    if backend is not None:
+        select.check_name(backend)
 
 
 def _check_float(name: str, t: Tensor) -> None:
@@ -124,6 +154,9 @@ def _check_ema(
         _check_float(name, tensor)
         _check_shape(name, tensor, want, f"to go with codebook {_shape(codebook)}")
         _check_device(name, tensor, "codebook", codebook)
+    for name, (tensor, _) in list(wants.items())[:3]:
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"{name} must not overlap itself, being updated in place; got strides {tensor.stride()}")
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be from 0 to 1; got {decay}")
     if not eps >= 0.0:
@@ -259,6 +292,19 @@ torch.library.register_autograd(
     "fastvq::vector_quantize", _vector_quantize_grad, setup_context=_vector_quantize_setup, lib=_lib
 )
 
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Nothing is kept: there is no gradient to compute."""
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("fastvq operators have no second derivatives")
+
+
+torch.library.register_autograd(
+    "fastvq::vector_quantize_backward", _refuse_second_derivative, setup_context=_no_setup, lib=_lib
+)
+
 # code_sums --------------------------------------------------------------------------------------------------------
 
 
@@ -339,4 +385,7 @@ def _residual_quantize_grad(ctx: Any, grad_quantized: Tensor, _: Any, grad_losse
 
 torch.library.register_autograd(
     "fastvq::residual_quantize", _residual_quantize_grad, setup_context=_residual_quantize_setup, lib=_lib
+)
+torch.library.register_autograd(
+    "fastvq::residual_quantize_backward", _refuse_second_derivative, setup_context=_no_setup, lib=_lib
 )

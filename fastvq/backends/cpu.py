@@ -104,6 +104,7 @@ def vector_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
     grad_quantized, x, codebook, mask = _readable(grad_quantized), _readable(x), _readable(codebook), _dense(mask)
+    indices = indices.contiguous()
     grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
     grad_codebook = torch.empty(codebook.shape if need_codebook else (0,), dtype=codebook.dtype)
     _kernels.vector_quantize_backward(
@@ -112,7 +113,7 @@ def vector_quantize_backward(
         _pass(x),
         _pass(codebook),
         codebook.dim() == 3,
-        indices.contiguous().data_ptr(),
+        indices.data_ptr(),
         _address(mask),
         commitment_weight,
         codebook_weight,
@@ -150,6 +151,8 @@ def ema_update_(
     tensors = (codebook, cluster_size, embed_avg, counts.resolve_neg(), sums.resolve_neg())
     by_head = tensors if codebook.dim() == 3 else tuple(t.unsqueeze(0) for t in tensors)
     _kernels.ema_update(*[_pass(t) for t in by_head], decay, eps, torch.get_num_threads())
+    # Autograd must see the writes: a codebook saved for backward and updated since is an error, not a wrong gradient.
+    torch.autograd.graph.increment_version((codebook, cluster_size, embed_avg))
 
 
 def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -125,6 +125,8 @@ def code_sums(
     heads = x.shape[0] if per_head else 1
     rows = x.reshape(heads, -1, x.shape[-1]).double()
     codes = indices.reshape(heads, -1)
+    if codes.numel() and codes.max() >= codebook_size:
+        raise ValueError(f"indices must be below codebook_size = {codebook_size}; got {int(codes.max())}")
     kept = codes >= 0
     if mask is not None:
         kept = kept & mask.reshape(heads, -1)
