@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor
 
 import fastvq
+from fastvq.data.errors import UserError
+from fastvq.info import processor
 
 Shape = tuple[int, int, int]  # N rows, K codes, D dimensions
 Work = Callable[[], object]  # one call of what is measured, on data made before
@@ -317,21 +318,11 @@ def _times_here(operation: str, shape: Sequence[int], seconds: float) -> dict[st
 # ---- records ----------------------------------------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, threads, versions."""
     peer = metadata.version("vector-quantize-pytorch") if "peer" in available() else ""
     return {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "fastvq": fastvq.__version__,
@@ -413,7 +404,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write the file if one was asked for."""
     if args.csv is not None and args.csv.is_dir():
-        raise ValueError(f"--csv must name a file; got the directory {args.csv}")
+        raise UserError(f"--csv must name a file; got the directory {args.csv}")
     shapes, seconds = (QUICK_SHAPES, 0.5) if args.quick else (SHAPES, 5.0)
     print(machine_line())
     print("Medians of calls taken in turn; x: times as long as fastvq.")

@@ -56,6 +56,7 @@ CASES = {
     "no command": (lambda c: [], "required: COMMAND"),
     "unknown command": (lambda c: ["fly"], "invalid choice: 'fly'"),
     "unknown option": (lambda c: ["info", "--fast"], "unrecognized arguments: --fast"),
+    "bench into a directory": (lambda c: ["bench", "--csv", c.run], "--csv must name a file; got the directory"),
     "abbreviated option": (train("--batch", 4), "unrecognized arguments: --batch"),
     # train
     "train without --out": (lambda c: ["train", "--data", c.pixels, "--steps", 1], "--out"),
