@@ -80,6 +80,15 @@ class BlockSearch {
     if constexpr (std::is_same_v<Stored, float> && std::is_same_v<X, float>) {
       if (count == lanes && x.step == 1) return kernel_.load_rows(source, width_, out);
     }
+    bool adjacent = count == lanes;  // as in an image (B, D, height, width), where a block of rows lies side by side
+    for (int l = 1; l < count; ++l) adjacent = adjacent && source[l] == source[0] + l;
+    if (adjacent) {
+      for (std::int64_t d = 0; d < width_; ++d, out += lanes) {
+        const Stored* column = source[0] + d * x.step;
+        for (int l = 0; l < lanes; ++l) out[l] = static_cast<X>(widen(column[l]));
+      }
+      return;
+    }
     for (std::int64_t d = 0; d < width_; ++d, out += lanes) {
       for (int l = 0; l < count; ++l) out[l] = static_cast<X>(widen(source[l][d * x.step]));
       for (int l = count; l < lanes; ++l) out[l] = 0;

@@ -25,22 +25,42 @@ RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, st
 
 namespace {
 
+// Rows that lie one after another: each code gathers its rows.
 template <class X, class Sum>
-void sums_of_head(const Rows& x, const RowsByCode& by_code, Sum* counts, Sum* sums, int threads) {
+void sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threads) {
   by_code.for_each_code(threads, [&] {
     return [&, total = std::vector<double>(x.width)](std::int64_t k) mutable {
       std::fill(total.begin(), total.end(), 0.0);
       for (const std::int64_t* n = by_code.begin(k); n != by_code.end(k); ++n) {
         const X* row = x.row<X>(*n);
-        if (x.step == 1) {
-          for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d]);
-        } else {
-          for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d * x.step]);
-        }
+        for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d]);
       }
-      counts[k] = static_cast<Sum>(by_code.count(k));
       for (std::int64_t d = 0; d < x.width; ++d) sums[k * x.width + d] = static_cast<Sum>(total[d]);
     };
+  });
+}
+
+// Rows that lie side by side, as in an image (B, D, height, width): each dimension is read through once. The order of
+// the rows of a code, and so the sum, is the same.
+template <class X, class Sum>
+void sums_by_dimension(const Rows& x, const RowsByCode& by_code, std::int64_t codes, Sum* sums, int threads) {
+  std::vector<std::int64_t> offsets(x.count, -1), owners(x.count, -1);
+  for (std::int64_t k = 0; k < codes; ++k)
+    for (const std::int64_t* n = by_code.begin(k); n != by_code.end(k); ++n) owners[*n] = k;
+  std::int64_t kept = 0;
+  for (std::int64_t n = 0; n < x.count; ++n) {
+    if (owners[n] < 0) continue;
+    offsets[kept] = x.offset(n);
+    owners[kept++] = owners[n];
+  }
+  parallel(x.width, threads, [&](Tasks& tasks) {
+    std::vector<double> total(codes);
+    for (std::int64_t d; tasks.next(&d);) {
+      std::fill(total.begin(), total.end(), 0.0);
+      const X* column = static_cast<const X*>(x.data) + d * x.step;
+      for (std::int64_t i = 0; i < kept; ++i) total[owners[i]] += widen(column[offsets[i]]);
+      for (std::int64_t k = 0; k < codes; ++k) sums[k * x.width + d] = static_cast<Sum>(total[k]);
+    }
   });
 }
 
@@ -57,8 +77,14 @@ void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const s
     dispatch(x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       using Sum = std::conditional_t<std::is_same_v<X, double>, double, float>;
-      sums_of_head<X, Sum>(rows, by_code, static_cast<Sum*>(counts.data) + h * codes,
-                           static_cast<Sum*>(sums) + h * codes * rows.width, threads);
+      Sum* head_counts = static_cast<Sum*>(counts.data) + h * codes;
+      Sum* head_sums = static_cast<Sum*>(sums) + h * codes * rows.width;
+      for (std::int64_t k = 0; k < codes; ++k) head_counts[k] = static_cast<Sum>(by_code.count(k));
+      if (rows.step == 1) {
+        sums_by_code<X, Sum>(rows, by_code, head_sums, threads);
+      } else {
+        sums_by_dimension<X, Sum>(rows, by_code, codes, head_sums, threads);
+      }
     });
   }
 }

@@ -122,15 +122,19 @@ void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, co
               const Code* code = codes.row<Code>(indices[first + n]);
               const double pull = head_mask && !head_mask[n] ? 0.0 : commitment_weight * scale;
               X* target = out + n * rows.width;
-              for (std::int64_t d = 0; d < rows.width; ++d) {
-                double g = widen(gradient[d * gradients.step]);
-                if (pull != 0) {
-                  const double difference =
-                      static_cast<double>(widen(row[d * rows.step])) - widen(code[d * codes.step]);
-                  g += pull * difference;
-                }
-                target[d] = narrow<X>(g);
+              if (pull == 0) {
+                for (std::int64_t d = 0; d < rows.width; ++d) target[d] = gradient[d * gradients.step];
+                return;
               }
+              const auto pulled = [pull](X g, X value, Code code_value) {
+                return narrow<X>(widen(g) + pull * (static_cast<double>(widen(value)) - widen(code_value)));
+              };
+              if (gradients.step == 1 && rows.step == 1 && codes.step == 1) {  // known to the compiler: vectorised
+                for (std::int64_t d = 0; d < rows.width; ++d) target[d] = pulled(gradient[d], row[d], code[d]);
+                return;
+              }
+              for (std::int64_t d = 0; d < rows.width; ++d)
+                target[d] = pulled(gradient[d * gradients.step], row[d * rows.step], code[d * codes.step]);
             });
           }
         });
