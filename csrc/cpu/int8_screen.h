@@ -25,10 +25,17 @@ inline IntVector broadcast(std::int32_t v) {
   return v - IntVector{};
 }
 
-// The scores of `groups` groups; keeps the largest of each group, returns the largest of all.
-IntVector screen_int8(const std::int32_t* codes, const std::int32_t* start, const std::int32_t* bias,
-                      std::int64_t groups, std::int64_t quads, const std::int32_t* rows, IntVector row_bias,
-                      std::int32_t* maxima, IntVector best) {
+// For each row, the largest score so far and the first group that has it.
+struct Best {
+  IntVector score;
+  IntVector group;
+};
+
+// The scores of `groups` groups from number `first` on; keeps the largest of each group, and the best of all.
+void screen_int8(const std::int32_t* codes, const std::int32_t* start, const std::int32_t* bias, std::int64_t groups,
+                 std::int64_t quads, const std::int32_t* rows, IntVector row_bias, std::int32_t* maxima,
+                 std::int64_t first, Best* so_far) {
+  Best best = *so_far;
   for (std::int64_t g = 0; g < groups; ++g, start += kGroup, bias += kGroup) {
     IntVector s0 = broadcast(start[0]), s1 = broadcast(start[1]), s2 = broadcast(start[2]), s3 = broadcast(start[3]);
     IntVector s4 = broadcast(start[4]), s5 = broadcast(start[5]), s6 = broadcast(start[6]), s7 = broadcast(start[7]);
@@ -53,9 +60,11 @@ IntVector screen_int8(const std::int32_t* codes, const std::int32_t* start, cons
     }
     const IntVector maximum = larger(larger(larger(s0, s1), larger(s2, s3)), larger(larger(s4, s5), larger(s6, s7)));
     store(maxima + g * kLanes, maximum);
-    best = larger(best, maximum);
+    const IntVector better = maximum > best.score;
+    best.score = larger(best.score, maximum);
+    best.group = better ? broadcast(static_cast<std::int32_t>(first + g)) : best.group;
   }
-  return best;
+  *so_far = best;
 }
 
 // The rows of a block in int8.
@@ -150,6 +159,12 @@ bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const f
   }
   if (bounds.norms.any_wild) return false;
   const unsigned live = (1u << bounds.block.count) - 1;  // the rows that are there
+  const auto give_up = [&] {
+    candidates->clear();
+    trial.penalty = trial.penalty < 32 ? 2 * trial.penalty + 1 : 63;
+    trial.skip = trial.penalty;
+    return false;
+  };
   const std::int64_t fifth = codebook.groups * bounds.block.count / 5;
   const std::int64_t most = fifth < kMaxCandidates - kLanes ? fifth : kMaxCandidates - kLanes;
   const std::int64_t quads = (codebook.width + 3) / 4;
@@ -158,24 +173,20 @@ bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const f
   Int8Rows quantised;
   quantise(codebook, rows, scratch.packed, &quantised);
   const IntVector row_bias = load<IntVector>(quantised.bias);
-  IntVector best = broadcast(kExcluded);
+  Best best = {broadcast(kExcluded), broadcast(-1)};
+  std::int32_t best_group[kLanes];
+  for (std::int32_t& group : best_group) group = -1;
   for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
     const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
-    const IntVector before = best;
-    best = screen_int8(codes + first * quads * kGroup, codebook.int8_start + first * kGroup,
-                       codebook.int8_bias + first * kGroup, groups, quads, scratch.packed, row_bias, maxima, best);
-    std::int64_t best_group[kLanes];
-    for (std::int64_t& g : best_group) g = -1;
-    unsigned searching = live & _mm512_cmp_epi32_mask(reinterpret_cast<__m512i>(best),
-                                                      reinterpret_cast<__m512i>(before), _MM_CMPINT_NLE);
-    for (std::int64_t g = 0; searching; ++g) {
-      unsigned found = searching & lanes_at_least(maxima + g * kLanes, best);
-      searching &= ~found;
-      for (; found; found &= found - 1) {
-        const int lane = __builtin_ctz(found);
-        best_group[lane] = g;
-        candidates->add(lane, first + g);
-      }
+    screen_int8(codes + first * quads * kGroup, codebook.int8_start + first * kGroup,
+                codebook.int8_bias + first * kGroup, groups, quads, scratch.packed, row_bias, maxima, first, &best);
+    if (candidates->count() > most) return give_up();
+    std::int32_t found[kLanes];
+    store(found, best.group);
+    for (int l = 0; l < bounds.block.count; ++l) {
+      if (found[l] == best_group[l]) continue;  // no better one in this chunk
+      best_group[l] = found[l];
+      candidates->add(l, found[l]);
     }
     candidates->score();
     std::int32_t limits[kLanes];
@@ -185,13 +196,8 @@ bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const f
       unsigned lanes = live & lanes_at_least(maxima + g * kLanes, threshold);
       for (; lanes; lanes &= lanes - 1) {
         const int lane = __builtin_ctz(lanes);
-        if (best_group[lane] == g) continue;
-        if (candidates->count() >= most) {
-          candidates->clear();
-          trial.penalty = trial.penalty < 32 ? 2 * trial.penalty + 1 : 63;
-          trial.skip = trial.penalty;
-          return false;
-        }
+        if (best_group[lane] == first + g) continue;
+        if (candidates->count() >= most) return give_up();
         candidates->add(lane, first + g);
       }
     }

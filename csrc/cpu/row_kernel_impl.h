@@ -304,7 +304,7 @@ class Candidates {
   }
 
  private:
-  static constexpr int kTogether = 8;  // pairs whose sums run side by side, to hide the latency of the FMAs
+  static constexpr int kTogether = 4;  // pairs whose sums run side by side, to hide the latency of the FMAs
 
   const CodebookView& codebook_;
   const float* rows_;

@@ -181,6 +181,23 @@ void random_case(std::mt19937_64& random) {
   if (family != 6) run_layer(x, c, threads, what);
 }
 
+// More codes than are screened at once, in an order that makes each chunk better than the last, with near ties at the
+// seams.
+void chunked_case(std::mt19937_64& random, float spread) {
+  std::normal_distribution<float> normal;
+  Matrix x(19, 5, 1, 1), c(50021, 5, 1, 0);
+  for (std::int64_t i = 0; i < x.rows; ++i)
+    for (std::int64_t j = 0; j < x.width; ++j) x.at(i, j) = normal(random) * 0.1f;
+  for (std::int64_t k = 0; k < c.rows; ++k) {
+    const float size = 1 + spread * static_cast<float>(c.rows - k) / static_cast<float>(c.rows);
+    for (std::int64_t j = 0; j < c.width; ++j) c.at(k, j) = normal(random) * size;
+  }
+  for (std::int64_t k : {16383, 16384, 32767, 32768, 49151, 49152, 50020})
+    for (std::int64_t j = 0; j < c.width; ++j) c.at(k, j) = x.at(k % x.rows, j) + 1e-4f * normal(random);
+  compare(x, c, Metric::kEuclidean, 2, "several chunks");
+  compare(x, c, Metric::kDot, 2, "several chunks, dot");
+}
+
 // A row near the origin whose D products with the code w are each just under half a unit in the last place of the
 // bias, so that the screen loses every one of them: its score errs by nearly eta. Code j, in another group, screens
 // lower by 0.7 eta though it is the farther one. Negated copies keep the mean at zero, so that nothing is centred.
@@ -231,6 +248,9 @@ int main(int argc, char** argv) {
   if (argc == 4 && !std::strcmp(argv[1], "random")) {
     std::mt19937_64 random(std::strtoull(argv[2], nullptr, 10));
     for (int i = 0; i < std::atoi(argv[3]); ++i) random_case(random);
+    chunked_case(random, 0);
+    chunked_case(random, 1);
+    chunked_case(random, 30);
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
     int8_bound_case();
