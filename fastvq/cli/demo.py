@@ -16,7 +16,7 @@ from fastvq.training import TrainSettings, evaluate, load_model, train
 from fastvq.training import checkpoint as checkpoints
 from fastvq.training.log import read_metrics
 
-STEPS = 1600  # some two minutes on two cores
+STEPS = 2400  # some two minutes on two cores
 PACKAGES = ("matplotlib.figure", "jinja2")  # of the report: better missed now than after the training
 SHAPES = [(16384, 1024, 64), (65536, 1024, 8), (256, 1024, 64)]
 
