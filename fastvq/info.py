@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -90,18 +89,21 @@ def render(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def report(as_json: bool) -> str:
+    """The report, as JSON or as a person reads it.
+
+    Raises:
+        ValueError: FASTVQ_BACKEND or FASTVQ_CPU_ISA names what is not there.
+    """
+    info = collect()
+    return json.dumps(info, indent=2) if as_json else render(info)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; 0, or 2 with one line on standard error for a bad setting."""
-    parser = argparse.ArgumentParser(prog="fastvq info", description="What was built, what was found, who serves.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    try:
-        info = collect()
-    except ValueError as error:
-        print(f"fastvq info: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(info, indent=2) if arguments.json else render(info))
-    return 0
+    """`fastvq info`; its exit status."""
+    from fastvq.cli import main as command
+
+    return command(["info", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

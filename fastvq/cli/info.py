@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastvq import info
+from fastvq.data.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,4 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    return info.main(["--json"] if args.json else [])
+    try:
+        print(info.report(args.json))
+    except ValueError as error:  # a setting in the environment that names what is not there
+        raise UserError(str(error)) from error
+    return 0
