@@ -32,7 +32,7 @@ INTERPRETER = Device("interpreter", "", 232_448, 2, 32)
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors; Triton reads the variable at its import."""
+    """Whether Triton runs kernels in its interpreter, on CPU tensors; it reads the variable at its import."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
@@ -59,5 +59,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     fused multiply-add unless a kernel asks for it by `tl.fma`: the contract rounds each operation on its own.
     """
     kernel[grid](*arguments, enable_fp_fusion=False, **options)
-
-
