@@ -1,0 +1,51 @@
+"""Where the rows of a tensor lie: any leading shape, walked in place with a few strides."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """A tensor (H, ..., D) as heads of rows; row n of a head starts at (n // inner) * outer + (n % inner) * step."""
+
+    tensor: Tensor
+    heads: int
+    length: int  # rows a head
+    dim: int
+    inner: int
+    strides: tuple[int, int, int, int]  # of head, n // inner, n % inner, and the element
+
+
+def _merge(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The (size, stride) pairs left when neighbours that lie one after the other are made one."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def rows_of(x: Tensor, per_head: bool) -> Rows:
+    """x (..., D), or (H, ..., D) with `per_head`, where it lies; a copy where its leading shape needs three strides."""
+    x = x.resolve_neg()
+    lead = 1 if per_head else 0
+    walk = _merge(tuple(x.shape[lead:-1]), x.stride()[lead:-1])
+    if len(walk) > 2:
+        x = x.contiguous()
+        walk = _merge(tuple(x.shape[lead:-1]), x.stride()[lead:-1])
+    (_, outer), (inner, step) = [*[(1, 0)] * (2 - len(walk)), *walk]
+    strides = (x.stride(0) if per_head else 0, outer, step, x.stride(-1))
+    return Rows(x, x.shape[0] if per_head else 1, x.shape[lead:-1].numel(), x.shape[-1], max(inner, 1), strides)
+
+
+@triton.jit
+def row_offsets(rows: Any, inner: Any, outer: Any, step: Any) -> Any:
+    """Where int64 `rows` start, in elements."""
+    return (rows // inner) * outer + (rows % inner) * step
