@@ -1,7 +1,15 @@
 """What all tests share: the backends they run on, the soak switch, and a clean state around each test."""
 
+import os
+
 import pytest
 import torch
+
+# Triton's kernels, its own library's too, become interpreted ones where they are defined: set it before any import.
+os.environ["TRITON_INTERPRET"] = "1"
+import interpreter
+
+interpreter.cure()
 
 BACKENDS = ("reference", "cpu")
 
