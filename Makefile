@@ -24,9 +24,12 @@ test: lint
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest --soak -m soak --timeout 0
 
+# Each contender by itself, then all in turn: some twenty minutes on two quiet cores.
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-group-by=group --timeout 0
 	$(BIN)/fastvq bench --csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.plot
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

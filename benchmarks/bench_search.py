@@ -1,9 +1,12 @@
-"""Search: fastvq, the distance matrix, plain PyTorch in chunks, vector-quantize-pytorch."""
+"""Search: fastvq, the distance matrix, plain PyTorch in chunks, faiss, vector-quantize-pytorch."""
 
-from contenders import EVERY, measure
+from contenders import every, measure
 
-pytestmark = EVERY
+from fastvq.cli.bench import SEARCH_SHAPES
+from fastvq.measure.contenders import SEARCHES, search_work
+
+pytestmark = every(SEARCHES, SEARCH_SHAPES)
 
 
 def test_search(benchmark, contender, shape):
-    measure(benchmark, "search", contender, shape)
+    measure(benchmark, f"search {shape}", search_work(contender, shape))

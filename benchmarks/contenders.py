@@ -1,23 +1,27 @@
-"""What the suites share: every shape against every contender, timed by pytest-benchmark, peak memory beside it."""
+"""What the suites share: each contender by itself, timed by pytest-benchmark; `fastvq bench` has them take turns."""
 
 import time
 
 import pytest
 
-from fastvq.cli import bench
-
-EVERY = [
-    pytest.mark.parametrize("contender", bench.available()),
-    pytest.mark.parametrize("shape", bench.SHAPES, ids=lambda shape: "x".join(map(str, shape))),
-]
+from fastvq.measure.contenders import available
+from fastvq.measure.table import machine
 
 
-def measure(benchmark, operation, contender, shape):
-    """Rounds for some two seconds, three at least, after one to warm up; peak memory in a process of its own."""
-    call = bench.work(operation, contender, shape)
+def every(contenders, shapes):
+    """Every contender that can run here on every shape."""
+    return [
+        pytest.mark.parametrize("contender", available(contenders)),
+        pytest.mark.parametrize("shape", shapes, ids=lambda shape: "x".join(map(str, shape))),
+    ]
+
+
+def measure(benchmark, group, work):
+    """Rounds for some second, three at least, after one to warm up."""
     start = time.perf_counter()
-    call()
+    work.call()
     took = time.perf_counter() - start
-    benchmark.group = f"{operation} {shape}"
-    benchmark.extra_info |= bench.machine() | {"peak_mib": bench.peak_mib(operation, contender, shape)}
-    benchmark.pedantic(call, rounds=max(3, min(200, round(2 / took))), warmup_rounds=1)
+    benchmark.group = group
+    benchmark.extra_info |= machine()
+    rounds = max(3, min(200, round(1 / took)))
+    benchmark.pedantic(work.call, setup=work.before, rounds=rounds, warmup_rounds=1)

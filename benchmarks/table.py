@@ -1,62 +1,238 @@
-"""`python -m benchmarks.table`: write the measured ratios of benchmarks/results/cpu.csv into the README."""
+"""`python -m benchmarks.table`: write what benchmarks/results/cpu.csv says into README.md and docs/measurements.md."""
 
 from __future__ import annotations
 
-import csv
+import functools
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
+from fastvq.measure.contenders import UNITS
+from fastvq.measure.table import read_csv
+
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.csv"
 BEGIN, END = "<!-- table: python -m benchmarks.table -->", "<!-- end of table -->"
-TITLES = {"search": "Search", "step": "The training step of the layer: forward, backward, EMA update"}
+NAMES = {
+    "fastvq": "fastvq",
+    "module": "`fastvq.VectorQuantize`",
+    "naive": "naive",
+    "chunked": "plain torch",
+    "faiss": "faiss",
+    "peer": "vector-quantize-pytorch",
+}
 
 Row = dict[str, str]
+Key = tuple[str, str, str, str]  # N, K, D, case
 
 
-def ratio(rows: dict[tuple[str, str], Row], allocator: str, contender: str) -> str:
-    """How many times as long a contender takes as fastvq under the same allocator."""
-    row = rows.get((allocator, contender))
-    if row is None:
-        return "-"
-    value = float(row["p50_ms"]) / float(rows[allocator, "fastvq"]["p50_ms"])
+def grouped(rows: list[Row], part: str) -> dict[Key, dict[tuple[str, str, str], Row]]:
+    """A part's rows by shape and case, then by allocator, threads and contender."""
+    groups: dict[Key, dict[tuple[str, str, str], Row]] = {}
+    for row in rows:
+        if row["part"] == part:
+            key = row["N"], row["K"], row["D"], row["case"]
+            groups.setdefault(key, {})[row["allocator"], row["threads"], row["contender"]] = row
+    return groups
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def times(value: float) -> str:
+    """A ratio, as exact as it is worth."""
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
 
 
-def table(rows: list[Row], operation: str) -> str:
-    """One table in Markdown: fastvq's milliseconds and memory, and the rivals' ratios."""
-    shapes: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
-    for row in rows:
-        if row["operation"] == operation:
-            shapes.setdefault((row["N"], row["K"], row["D"]), {})[row["allocator"], row["contender"]] = row
-    lines = [
-        f"**{TITLES[operation]}**, times as long as fastvq (with memory kept in brackets):",
-        "",
-        "| N, K, D | fastvq | naive | plain torch | vector-quantize-pytorch | peak memory: fastvq / naive |",
-        "|---|---|---|---|---|---|",
-    ]
-    for shape, cells in shapes.items():
-        own = cells["default", "fastvq"]
-        rivals = [
-            f"{ratio(cells, 'default', name)} ({ratio(cells, 'kept', name)})" for name in ("naive", "chunked", "peer")
+def milliseconds(row: Row) -> str:
+    """A median."""
+    value = float(row["p50_ms"])
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+class Summary:
+    """The tables of one file of results."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.threads = str(max(int(row["threads"]) for row in rows))
+        self.memory = {
+            (row["case"], row["N"], row["K"], row["D"], row["contender"]): float(row["peak_mib"])
+            for row in rows
+            if row["part"] == "memory"
+        }
+
+    def ratio(self, group: dict[tuple[str, str, str], Row], contender: str) -> str:
+        """How many times as long as fastvq under the same allocator: default, and with memory kept in brackets."""
+        found = [group.get((allocator, self.threads, contender)) for allocator in ("default", "kept")]
+        if None in found:
+            return "-"
+        default, kept = (times(float(row["ratio"])) for row in found if row is not None)
+        return f"{default} ({kept})"
+
+    def peaks(self, operation: str, key: Key) -> str:
+        """Peak memory of fastvq and of the naive version."""
+        own, naive = (self.memory.get((operation, *key[:3], name)) for name in ("fastvq", "naive"))
+        return "-" if own is None or naive is None else f"{own:.0f} / {naive:.0f} MiB"
+
+    def rivals(self, part: str, names: list[str], more: list[str]) -> str:
+        """fastvq's time and its rivals' ratios, a line a shape; `more` of: peaks, memory."""
+        head = ["N, K, D", "fastvq"]
+        if "peaks" in more:
+            head += ["of float32 peak", "of int8 peak"]
+        head += [NAMES[name] for name in names]
+        if "memory" in more:
+            head.append("memory: fastvq / naive")
+        lines = []
+        for key, group in grouped(self.rows, part).items():
+            kept = group["kept", self.threads, "fastvq"]
+            label = ", ".join(key[:3]) + (", unchanged" if key[3] == "codebook unchanged" else "")
+            line = [label, milliseconds(group["default", self.threads, "fastvq"])]
+            if "peaks" in more:
+                line += [f"{float(kept[f'of_{unit}_peak']):.2f}" if kept[f"of_{unit}_peak"] else "-" for unit in UNITS]
+            line += [self.ratio(group, name) for name in names]
+            if "memory" in more:
+                line.append(self.peaks(part, key))
+            lines.append(line)
+        return markdown(head, lines)
+
+    def machine(self) -> str:
+        """Where the figures come from."""
+        first = self.rows[0]
+        names = {"torch": "torch", "faiss": "faiss", "peer": "vector-quantize-pytorch", "fastvq": "fastvq"}
+        versions = ", ".join(f"{name} {first[key]}" for key, name in names.items() if first[key])
+        return f"{first['cpu']} ({first['isa']}), {self.threads} threads, {versions}; {first['day']}."
+
+    def data(self) -> str:
+        """The rate on each kind of data as a share of the Gaussian, and against the float32 kernel."""
+        groups = grouped(self.rows, "data")
+        families = list(dict.fromkeys(key[3] for key in groups))
+        lines = []
+        for shape in dict.fromkeys(key[:3] for key in groups):
+            line = [", ".join(shape)]
+            for family in families:
+                own = groups[(*shape, family)]["default", self.threads, "fastvq"]
+                dense = groups[(*shape, family)].get(("default", self.threads, "float32 kernel"))
+                gaussian = groups[(*shape, families[0])]["default", self.threads, "fastvq"]
+                share = f"{float(gaussian['p50_ms']) / float(own['p50_ms']):.2f}"
+                line.append(f"{share} ({float(dense['ratio']):.2f})" if dense else share)
+            lines.append(line)
+        return markdown(["N, K, D", *families], lines)
+
+    def scaling(self) -> str:
+        """What all threads gain over one."""
+        lines = []
+        for key, group in grouped(self.rows, "threads").items():
+            one, every = (
+                {name: float(row["p50_ms"]) for (_, number, name), row in group.items() if number == threads}
+                for threads in ("1", self.threads)
+            )
+            line = [f"{key[3]}, {', '.join(key[:3])}", f"{one['fastvq']:.2f} ms", f"{every['fastvq']:.2f} ms"]
+            line.append(f"{one['fastvq'] / every['fastvq']:.2f}")
+            # The loops do as much on every thread: each thread's share of the work, times the threads.
+            line += [f"{int(self.threads) * one[f'{u} peak'] / every[f'{u} peak']:.2f}" for u in UNITS]
+            lines.append(line)
+        head = ["", "1 thread", f"{self.threads} threads", "gain", "gain of the float32 loop", "gain of the int8 loop"]
+        return markdown(head, lines)
+
+    def model(self) -> str:
+        """A model with the layer, without, and the layer by itself."""
+        names = {
+            "none": "without a layer",
+            "fastvq": "with `fastvq.VectorQuantize`",
+            "layer": "`fastvq.VectorQuantize` by itself, forward and backward",
+            "naive": "with the naive layer",
+            "peer": "with vector-quantize-pytorch",
+        }
+        ((_, group),) = grouped(self.rows, "model").items()
+        found = {name: group.get(("default", self.threads, name)) for name in names}
+        return markdown(
+            ["forward and backward", "time"], [[names[n], milliseconds(row)] for n, row in found.items() if row]
+        )
+
+    def peak_memory(self) -> str:
+        """Peak memory of every shape."""
+        lines = []
+        for operation, n, k, d, contender in self.memory:
+            if contender == "fastvq":
+                cells = [self.memory.get((operation, n, k, d, name)) for name in ("fastvq", "naive")]
+                lines.append([operation, f"{n}, {k}, {d}", *("-" if c is None else f"{c:.1f} MiB" for c in cells)])
+        return markdown(["", "N, K, D", "fastvq", "naive"], lines)
+
+
+def readme(summary: Summary) -> str:
+    """What stands in the README."""
+    search = summary.rivals("search", ["naive", "chunked", "faiss", "peer"], ["peaks", "memory"])
+    step = summary.rivals("step", ["module", "naive", "chunked", "peer"], ["memory"])
+    return "\n\n".join(
+        [
+            "**Search**, times as long as fastvq (with memory kept in brackets):",
+            search,
+            "**The training step of the layer: forward, backward, EMA update**, likewise:",
+            step,
+            summary.machine(),
         ]
-        memory = f"{float(own['peak_mib']):.0f} / {float(cells['default', 'naive']['peak_mib']):.0f} MiB"
-        lines.append(f"| {', '.join(shape)} | {float(own['p50_ms']):.2f} ms | {' | '.join(rivals)} | {memory} |")
-    return "\n".join(lines)
+    )
+
+
+def sections(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    """docs/measurements.md: a title, what is shown, and the table of each part that was measured."""
+    measured = {row["part"] for row in summary.rows}
+    if "data" in measured:
+        yield (
+            "Kinds of data",
+            "fastvq's rate as a share of its rate on Gaussian data; in brackets how many times as fast as its own "
+            "float32 kernel on the same data. The power law gives dimension i the standard deviation 1 / i; a fresh "
+            "codebook is drawn from U(-1/K, 1/K); the outlier dimension is fifty times as large as the others; "
+            "collapsed codes all lie within a thousandth of one point.",
+            summary.data(),
+        )
+    if "residual" in measured:
+        yield (
+            "Residual quantisation",
+            "Eight stages of 1,024 codes on x (8, 750, 128) in evaluation, times as long as `residual_quantize` (with "
+            "memory kept in brackets).",
+            summary.rivals("residual", ["naive", "chunked", "peer"], []),
+        )
+    if "threads" in measured:
+        yield (
+            "Threads",
+            "What all threads gain over one, beside what loops gain that do nothing but arithmetic in registers.",
+            summary.scaling(),
+        )
+    if "model" in measured:
+        yield (
+            "In a model",
+            "Forward and backward of a convolutional autoencoder on 16 images of 128 pixels, with 16,384 latents of 64 "
+            "channels and 1,024 codes between its halves. Were two pools of threads fighting, the model with the layer "
+            "would take longer than the model and the layer one after the other.",
+            summary.model(),
+        )
+    if "memory" in measured:
+        yield "Peak memory", "Of one call above its inputs, results included.", summary.peak_memory()
+
+
+def measurements(summary: Summary) -> str:
+    """The page docs/measurements.md."""
+    wrap = functools.partial(textwrap.fill, width=120, break_on_hyphens=False)
+    parts = [f"## {title}\n\n{wrap(text)}\n\n{table}\n" for title, text, table in sections(summary)]
+    head = wrap(
+        "Written by `python -m benchmarks.table` from benchmarks/results/cpu.csv, which `make bench` measures; the "
+        "tables of search and of the training step are in the README. " + summary.machine()
+    )
+    return "\n".join([f"# Measurements\n\n{head}\n", *parts])
 
 
 def main() -> None:
-    """Replace what stands between the marks."""
-    with (ROOT / "benchmarks" / "results" / "cpu.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    first = rows[0]
-    machine = (
-        f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}, fastvq {first['fastvq']}, "
-        f"vector-quantize-pytorch {first['peer']}."
-    )
-    text = "\n\n".join([table(rows, "search"), table(rows, "step"), machine])
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    """Replace what stands between the marks, and the page of the rest."""
+    summary = Summary(read_csv(RESULTS))
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n{readme(summary)}\n{END}{after}", encoding="utf-8")
+    (ROOT / "docs" / "measurements.md").write_text(measurements(summary), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 
 #include "../cpu/operators.h"
 #include "../cpu/parallel.h"
+#include "../cpu/peak.h"
 #include "../cpu/row_kernel.h"
 
 namespace py = pybind11;
@@ -66,6 +67,8 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
   m.def("instruction_set", [] { return fastvq::row_kernel().name; });
+  m.def("float32_operations", &fastvq::float32_operations, py::call_guard<py::gil_scoped_release>());
+  m.def("int8_operations", &fastvq::int8_operations, py::call_guard<py::gil_scoped_release>());
 
   m.def("search", [](const py::tuple& x, const py::tuple& codebook, bool heads, bool dot, bool certify, Address indices,
                      const py::tuple& distances, int threads) {

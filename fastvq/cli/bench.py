@@ -1,33 +1,38 @@
-"""`fastvq bench`: fastvq against its rivals in plain PyTorch, call by call in turn, on this machine."""
+"""`fastvq bench`: fastvq against its rivals and against the limits of this machine, call by call in turn."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import functools
-import itertools
-import json
-import os
-import statistics
-import subprocess
-import sys
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata, util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import fastvq
+from fastvq.backends import cpu
+from fastvq.cli.parser import OneLineParser
 from fastvq.data.errors import UserError
-from fastvq.info import processor
+from fastvq.measure import contenders, memory
+from fastvq.measure.contenders import RESIDUALS, SEARCHES, STEPS, UNITS, available
+from fastvq.measure.data import FAMILIES, Shape
+from fastvq.measure.table import Row, machine, read_csv, write_csv
+from fastvq.measure.timing import Turn, Work, interleave, medians, percentile
+from fastvq.measure.worker import ALLOCATORS, RETURN_MEMORY, Worker
 
-Shape = tuple[int, int, int]  # N rows, K codes, D dimensions
-Work = Callable[[], object]  # one call of what is measured, on data made before
-
-SHAPES: tuple[Shape, ...] = (
+SEARCH_SHAPES: tuple[Shape, ...] = (
+    (16384, 1024, 64),
+    (16384, 8192, 32),
+    (16384, 1024, 256),
+    (16384, 1024, 128),
+    (4096, 65536, 64),
+    (65536, 1024, 8),
+    (16384, 16384, 8),
+    (256, 1024, 64),
+)
+STEP_SHAPES: tuple[Shape, ...] = (
     (16384, 1024, 64),
     (16384, 8192, 32),
     (16384, 1024, 256),
@@ -35,388 +40,363 @@ SHAPES: tuple[Shape, ...] = (
     (4096, 65536, 64),
     (256, 1024, 64),
 )
-QUICK_SHAPES: tuple[Shape, ...] = ((16384, 1024, 64), (65536, 1024, 8), (256, 1024, 64))
-OPERATIONS = ("search", "step")
-CONTENDERS = ("fastvq", "naive", "chunked", "peer")
-DECAY, EPS = 0.99, 1e-5
+QUICK_SHAPES: tuple[Shape, ...] = ((16384, 1024, 64), (256, 1024, 64))
+SMALL_ROWS = 1024  # up to so many rows a codebook that does not change matters: a streaming codec
+LARGEST: Shape = (65536, 65536, 64)  # whose memory is measured; the naive version would need 32 GiB and more
+MOST_NAIVE_BYTES = 4 << 30  # of an N x K matrix that is still made to see its memory
+RESIDUAL_BATCH, RESIDUAL_STAGES, RESIDUAL_SHAPE = (8, 750), 8, (6000, 1024, 128)
+MODEL_IMAGES, MODEL_SIDE, MODEL_SHAPE = 16, 128, (16384, 1024, 64)
+FLOAT32_KERNELS = {"avx512vnni": "avx512", "avxvnni": "avx2"}  # the same kernel less its int8 screen
 
-# glibc gives large blocks back to the system and faults them in again at every step; the naive version suffers most.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
-# Every large block is mapped by itself, so that the resident set is what is alive, not what malloc holds back.
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "kept": KEEP_MEMORY}
+Times = Mapping[str, Sequence[float]]  # milliseconds of every call, sorted, by contender
 
-# ---- search -----------------------------------------------------------------------------------------------------
+# ---- rows -------------------------------------------------------------------------------------------------------
 
-
-def naive_search(x: Tensor, codebook: Tensor) -> Tensor:
-    """The distance matrix (N, K) and its argmin, as most VQ-VAE code has it."""
-    distances = x.square().sum(1, keepdim=True) - 2 * x @ codebook.t() + codebook.square().sum(1)
-    return distances.argmin(1)
+COLUMNS = (
+    *("part", "case", "N", "K", "D", "allocator", "threads", "contender", "calls", "p20_ms", "p50_ms", "p80_ms"),
+    *("ratio", "gflops", "of_float32_peak", "of_int8_peak", "peak_mib"),
+)
 
 
-def chunked_search(x: Tensor, codebook: Tensor) -> Tensor:
-    """The best plain PyTorch: scores of some rows at a time in one scratch block, no ||x||^2, no N x K."""
-    rows = min(x.shape[0], max(128, min(1024, (1 << 24) // codebook.shape[0])))  # the fastest of 32 to 1024 here
-    bias, codes = codebook.square().sum(1).mul_(-0.5), codebook.t()
-    scratch = x.new_empty(rows, codebook.shape[0])
-    indices = torch.empty(x.shape[0], dtype=torch.int64)
-    for start in range(0, x.shape[0], rows):
-        block = x[start : start + rows]
-        scores = torch.addmm(bias, block, codes, out=scratch[: block.shape[0]])
-        torch.argmax(scores, 1, out=indices[start : start + rows])
-    return indices
+@dataclass(frozen=True)
+class Group:
+    """What the rows of contenders that took turns have in common."""
+
+    part: str
+    shape: Shape
+    case: str = ""
+    allocator: str = "default"
+    threads: int | None = None  # None: as many as torch has here
+
+    @property
+    def thread_count(self) -> int:
+        """How many threads each contender has."""
+        return self.threads or torch.get_num_threads()
+
+    def row(self, contender: str, **values: Any) -> Row:
+        """A row of the file; columns without a value are empty."""
+        n, k, d = self.shape
+        common = {"part": self.part, "case": self.case, "N": n, "K": k, "D": d, "allocator": self.allocator}
+        common |= {"threads": self.thread_count, "contender": contender}
+        return dict.fromkeys(COLUMNS, "") | common | values | machine()
+
+    def rows(self, times: Times, searches: int = 0) -> list[Row]:
+        """A row a contender: percentiles, and how many times as long as fastvq it takes.
+
+        Args:
+            times: of every contender, those of `peak_turns` among them.
+            searches: searches of this shape in a call, for the effective rate 2 N K D / t; 0 where a call is more.
+        """
+        median = medians(times)
+        n, k, d = self.shape
+        rates = {name: searches * 2 * n * k * d / median[name] / 1e6 for name in times}
+        peaks = {unit: f"{unit} peak" for unit in UNITS if f"{unit} peak" in times}
+        for unit, name in peaks.items():
+            rates[name] = contenders.peak_operations(unit, self.thread_count) / median[name] / 1e6
+        rows = []
+        for name, values in times.items():
+            row = self.row(
+                name, calls=len(values), **{f"p{p}_ms": round(percentile(values, p), 4) for p in (20, 50, 80)}
+            )
+            if name in peaks.values():
+                row["gflops"] = round(rates[name], 1)
+            else:
+                row["ratio"] = round(median[name] / median["fastvq"], 3)
+                if searches:
+                    row["gflops"] = round(rates[name], 1)
+                    row |= {f"of_{unit}_peak": round(rates[name] / rates[peak], 3) for unit, peak in peaks.items()}
+            rows.append(row)
+        return rows
 
 
-def _gaussian(shape: Shape) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    n, k, d = shape
-    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+# ---- parts ------------------------------------------------------------------------------------------------------
 
 
-def _peer(shape: Shape, codebook: Tensor) -> torch.nn.Module:
-    """vector-quantize-pytorch with our codes; straight-through, as the others, not its rotation trick."""
-    from vector_quantize_pytorch import VectorQuantize
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
 
-    layer = VectorQuantize(shape[2], shape[1], decay=DECAY, eps=EPS, rotation_trick=False)
-    layer._codebook.embed.copy_(codebook)
-    layer._codebook.embed_avg.copy_(codebook)
-    layer._codebook.cluster_size.fill_(1)
-    return layer
+    quick: bool
 
+    def shapes(self, shapes: Sequence[Shape]) -> Sequence[Shape]:
+        """Those to measure."""
+        return QUICK_SHAPES if self.quick else shapes
 
-def search_work(contender: str, shape: Shape) -> Work:
-    """One search of N rows. The peer has no search by itself: its evaluation forward comes nearest."""
-    x, codebook = _gaussian(shape)
-    if contender == "peer":
-        layer = _peer(shape, codebook).eval()
-        return torch.no_grad()(lambda: layer(x.unsqueeze(0)))
-    searches: dict[str, Callable[..., object]] = {
-        "fastvq": fastvq.search,
-        "naive": naive_search,
-        "chunked": chunked_search,
-    }
-    return functools.partial(searches[contender], x, codebook)
+    def interleave(self, turns: Mapping[Any, Turn], seconds: float) -> dict[Any, list[float]]:
+        """As `timing.interleave`; when quick, one round."""
+        return interleave(turns, 0, 1) if self.quick else interleave(turns, seconds)
 
 
-# ---- training step ----------------------------------------------------------------------------------------------
+def _peak_turns(worker: Worker, key: Callable[[str], Any]) -> dict[Any, Turn]:
+    """The loops that show what the machine can do, as contenders; key(name) each."""
+    units = [unit for unit in UNITS if contenders.peak_operations(unit, 1)]
+    return {key(f"{unit} peak"): worker.turn(contenders.peak_work, unit) for unit in units}
 
 
-Layer = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (N, D) to quantized (N, D) and the commitment loss
+@contextlib.contextmanager
+def _by_allocator() -> Iterator[dict[str, Worker]]:
+    """A worker for each setting of malloc."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(Worker(environment)) for name, environment in ALLOCATORS.items()}
 
 
-class _State:
-    """A VQ layer's state in plain tensors: the codebook and its moving averages."""
-
-    def __init__(self, shape: Shape, codebook: Tensor) -> None:
-        self.codebook = codebook.clone()
-        self.cluster_size = codebook.new_ones(codebook.shape[0])
-        self.embed_avg = codebook.clone()
-
-    def refresh(self, counts: Tensor, sums: Tensor) -> None:
-        """The EMA update, as plain PyTorch."""
-        self.cluster_size.mul_(DECAY).add_(counts, alpha=1 - DECAY)
-        self.embed_avg.mul_(DECAY).add_(sums, alpha=1 - DECAY)
-        total = self.cluster_size.sum()
-        smoothed = (self.cluster_size + EPS) / (total + self.cluster_size.shape[0] * EPS) * total
-        torch.div(self.embed_avg, smoothed.unsqueeze(1), out=self.codebook)
+def _of(allocator: str, times: Mapping[tuple[str, str], list[float]]) -> dict[str, list[float]]:
+    """The times of one allocator's contenders."""
+    return {name: values for (where, name), values in times.items() if where == allocator}
 
 
-class FusedLayer(_State):
-    """fastvq's functions."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
-        quantized, indices, loss = fastvq.vector_quantize(x, self.codebook)
-        counts, sums = fastvq.code_sums(x, indices, self.codebook.shape[0])
-        fresh = torch.empty_like(self.codebook)  # the backward pass needs the codes of this forward pass
-        fastvq.ema_update_(fresh, self.cluster_size, self.embed_avg, counts, sums, decay=DECAY, eps=EPS)
-        self.codebook = fresh
-        return quantized, loss
-
-
-class NaiveLayer(_State):
-    """The usual way: one-hot matrix (N, K), one matmul to gather and one to sum."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
-        with torch.no_grad():
-            indices = naive_search(x, self.codebook)
-            one_hot = x.new_zeros(x.shape[0], self.codebook.shape[0]).scatter_(1, indices.unsqueeze(1), 1)
-            codes = one_hot @ self.codebook
-            self.refresh(one_hot.sum(0), one_hot.t() @ x)
-        loss = torch.nn.functional.mse_loss(x, codes)
-        return x + (codes - x).detach(), loss
+def search_part(plan: Plan) -> Iterator[list[Row]]:
+    """Search against every rival and the machine's peaks, under both allocators."""
+    cases = [(shape, True) for shape in plan.shapes(SEARCH_SHAPES)]
+    cases += [(shape, False) for shape, _ in cases if shape[0] <= SMALL_ROWS]
+    for shape, changed in cases:
+        with _by_allocator() as workers:
+            turns: dict[tuple[str, str], Turn] = {}
+            for allocator, worker in workers.items():
+                for name in available(SEARCHES):
+                    make = contenders.search_work, name, shape, "gaussian", changed
+                    turns[allocator, name] = worker.turn(*make)
+                turns |= _peak_turns(worker, lambda name, where=allocator: (where, name))  # type: ignore[misc]
+            times = plan.interleave(turns, 8)
+        case = "codebook changed" if changed else "codebook unchanged"
+        for allocator in workers:
+            yield Group("search", shape, case, allocator).rows(_of(allocator, times), searches=1)
 
 
-class ChunkedLayer(_State):
-    """The best plain PyTorch: search in chunks, gather by index_select, sum by index_add_."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
-        with torch.no_grad():
-            indices = chunked_search(x, self.codebook)
-            codes = self.codebook.index_select(0, indices)
-            counts = torch.bincount(indices, minlength=self.codebook.shape[0])
-            self.refresh(counts, torch.zeros_like(self.codebook).index_add_(0, indices, x))
-        loss = torch.nn.functional.mse_loss(x, codes)
-        return x + (codes - x).detach(), loss
-
-
-class PeerLayer:
-    """vector-quantize-pytorch in training."""
-
-    def __init__(self, shape: Shape, codebook: Tensor) -> None:
-        self.layer = _peer(shape, codebook).train()
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
-        quantized, _, loss = self.layer(x.unsqueeze(0))
-        return quantized.squeeze(0), loss
+def step_part(plan: Plan) -> Iterator[list[Row]]:
+    """The training step of the layer, forward, EMA update and backward, under both allocators."""
+    for shape in plan.shapes(STEP_SHAPES):
+        with _by_allocator() as workers:
+            turns = {
+                (allocator, name): worker.turn(contenders.step_work, name, shape)
+                for allocator, worker in workers.items()
+                for name in available(STEPS)
+            }
+            times = plan.interleave(turns, 8)
+        for allocator in workers:
+            yield Group("step", shape, "", allocator).rows(_of(allocator, times))
 
 
-def step_work(contender: str, shape: Shape) -> Work:
-    """One training step of the layer: forward, EMA update, backward to x."""
-    x, codebook = _gaussian(shape)
-    upstream = torch.full_like(x, 1e-3)
-    layers: dict[str, Callable[[Shape, Tensor], Layer]] = {
-        "fastvq": FusedLayer,
-        "naive": NaiveLayer,
-        "chunked": ChunkedLayer,
-        "peer": PeerLayer,
-    }
-    layer = layers[contender](shape, codebook)
-
-    def step() -> Tensor:
-        leaf = x.detach().requires_grad_()
-        quantized, loss = layer(leaf)
-        (grad,) = torch.autograd.grad([quantized, loss], [leaf], [upstream, torch.ones_like(loss)])
-        return grad
-
-    return step
+def data_part(plan: Plan) -> Iterator[list[Row]]:
+    """fastvq's search on data of every kind, and its float32 kernel beside it, where int8 is what screens."""
+    isa = "" if cpu.missing() else cpu.extension().instruction_set()
+    settings: dict[str, dict[str, str]] = {"fastvq": {}}
+    if isa in FLOAT32_KERNELS:
+        settings["float32 kernel"] = {"FASTVQ_CPU_ISA": FLOAT32_KERNELS[isa]}
+    for shape in plan.shapes(SEARCH_SHAPES):
+        with contextlib.ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(settings[name])) for name in settings}
+            turns = {
+                (family, name): worker.turn(contenders.search_work, "fastvq", shape, family)
+                for family in FAMILIES
+                for name, worker in workers.items()
+            }
+            times = plan.interleave(turns, 5)
+        for family in FAMILIES:
+            yield Group("data", shape, family).rows(_of(family, times), searches=1)
 
 
-def work(operation: str, contender: str, shape: Shape) -> Work:
-    """What is measured: `operation` "search" or "step", as `contender` does it."""
-    return {"search": search_work, "step": step_work}[operation](contender, shape)
+def residual_part(plan: Plan) -> Iterator[list[Row]]:
+    """A residual quantiser in evaluation, all its stages, under both allocators."""
+    stages, shape = RESIDUAL_STAGES, RESIDUAL_SHAPE
+    with _by_allocator() as workers:
+        turns = {
+            (allocator, name): worker.turn(contenders.residual_work, name, RESIDUAL_BATCH, stages, shape)
+            for allocator, worker in workers.items()
+            for name in available(RESIDUALS)
+        }
+        times = plan.interleave(turns, 8)
+    for allocator in workers:
+        yield Group("residual", shape, f"Q = {stages}", allocator).rows(_of(allocator, times), searches=stages)
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------
+def _on_threads(threads: int, make: Callable[..., Work], *arguments: Any) -> Work:
+    work = make(*arguments)
+
+    def before() -> None:
+        torch.set_num_threads(threads)
+        work.before()
+
+    return Work(work.call, before)
 
 
-def available() -> list[str]:
-    """The contenders that can run here: all, the peer only where it is installed."""
-    return [name for name in CONTENDERS if name != "peer" or util.find_spec("vector_quantize_pytorch")]
+def threads_part(plan: Plan) -> Iterator[list[Row]]:
+    """fastvq on one thread and on all, beside what the machine's own multiply-adds gain."""
+    every = torch.get_num_threads()
+    tasks: list[tuple[str, Shape, int, tuple[Any, ...]]] = [
+        ("search", shape, 1, (contenders.search_work, "fastvq", shape)) for shape in plan.shapes(SEARCH_SHAPES)
+    ]
+    tasks += [("step", shape, 0, (contenders.step_work, "fastvq", shape)) for shape in plan.shapes(STEP_SHAPES[:3])]
+    residual = contenders.residual_work, "fastvq", RESIDUAL_BATCH, RESIDUAL_STAGES, RESIDUAL_SHAPE
+    tasks.append(("residual", RESIDUAL_SHAPE, RESIDUAL_STAGES, residual))
+    numbers = sorted({1, every})
+    for case, shape, searches, make in tasks:
+        with Worker() as worker:
+            turns = {(number, "fastvq"): worker.turn(_on_threads, number, *make) for number in numbers}
+            for unit in UNITS:
+                if contenders.peak_operations(unit, 1):
+                    for number in numbers:
+                        key = number, f"{unit} peak"
+                        turns[key] = worker.turn(_on_threads, number, contenders.peak_work, unit)
+            times = plan.interleave(turns, 3)
+        for number in numbers:
+            mine = {name: values for (threads, name), values in times.items() if threads == number}
+            yield Group("threads", shape, case, threads=number).rows(mine, searches)
 
 
-def interleave(works: dict[str, Work], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every call, sorted: A B C A B C ..., so that a slow moment of the machine hits all alike.
-
-    Args:
-        works: what to call, by name; each is called once before, to warm up.
-        seconds: for all rounds together; at least three rounds whatever they take.
-    """
-    for call in works.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    deadline = time.perf_counter() + seconds
-    for done in itertools.count():
-        if done >= 3 and time.perf_counter() > deadline:
-            break
-        for name, call in works.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: sorted(values) for name, values in times.items()}
+def model_part(plan: Plan) -> Iterator[list[Row]]:
+    """Forward and backward of a small convolutional model with the layer, without it, and the layer by itself."""
+    with Worker() as worker:
+        turns = {
+            name: worker.turn(contenders.model_work, name, MODEL_IMAGES, MODEL_SIDE, MODEL_SHAPE)
+            for name in available(contenders.MODELS)
+        }
+        times = plan.interleave(turns, 20)
+    yield Group("model", MODEL_SHAPE, f"{MODEL_IMAGES} images of {MODEL_SIDE} pixels").rows(times)
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The nearest-rank percentile of sorted values."""
-    return values[max(0, -(-len(values) * percent // 100) - 1)]
+def _peak_here(operation: str, contender: str, shape: Shape) -> float:
+    make = {"search": contenders.search_work, "step": contenders.step_work}[operation]
+    make(contender, (16, 16, shape[2])).call()  # threads, libraries and autograd, not the operation, cost this much
+    return memory.peak_mib(make(contender, shape).call)
 
 
-def _table(operation: str, shapes: Iterable[Shape], seconds: float) -> list[dict[str, Any]]:
+def memory_part(plan: Plan) -> Iterator[list[Row]]:
+    """Peak memory of one call above its inputs, its results included."""
+    if not memory.measurable():
+        return
+    for shape in (*plan.shapes(SEARCH_SHAPES), LARGEST):
+        small = shape[0] * shape[1] * 4 <= MOST_NAIVE_BYTES
+        for operation in ("search", "step"):
+            group = Group("memory", shape, operation)
+            with Worker(RETURN_MEMORY) as worker:
+                yield [
+                    group.row(name, peak_mib=round(worker.call(_peak_here, operation, name, shape), 1))
+                    for name in ("fastvq", "naive")
+                    if small or name == "fastvq"
+                ]
+
+
+PARTS: dict[str, Callable[[Plan], Iterator[list[Row]]]] = {
+    "search": search_part,
+    "step": step_part,
+    "data": data_part,
+    "residual": residual_part,
+    "threads": threads_part,
+    "model": model_part,
+    "memory": memory_part,
+}
+
+
+# ---- in this process: for the report of `fastvq demo` -----------------------------------------------------------
+
+
+def _table(
+    make: Callable[[str, Shape], Work], names: tuple[str, ...], shapes: Iterable[Shape], seconds: float
+) -> list[Row]:
     rows = []
     for shape in shapes:
-        times = interleave({name: work(operation, name, shape) for name in available()}, seconds)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        rows.append(dict(zip("NKD", shape, strict=True)) | {f"{name}_ms": medians.get(name) for name in CONTENDERS})
+        times = interleave({name: make(name, shape).turn for name in available(names)}, seconds)
+        median = medians(times)
+        rows.append(dict(zip("NKD", shape, strict=True)) | {f"{name}_ms": median.get(name) for name in names})
     return rows
 
 
-def search_table(shapes: Iterable[Shape], seconds: float = 2.0) -> list[dict[str, Any]]:
-    """Median milliseconds of a search, a row a shape: N, K, D, fastvq_ms, naive_ms, chunked_ms, peer_ms.
+def search_table(shapes: Iterable[Shape], seconds: float = 2.0) -> list[Row]:
+    """Median milliseconds of a search, a row a shape: N, K, D, fastvq_ms, naive_ms, chunked_ms, faiss_ms, peer_ms.
 
     Args:
         shapes: (N, K, D) each.
         seconds: for each shape, all contenders together.
 
     Returns:
-        One dict a shape; peer_ms is None where vector-quantize-pytorch is not installed.
+        One dict a shape; None for a contender whose package is not installed.
     """
-    return _table("search", shapes, seconds)
+    return _table(contenders.search_work, SEARCHES, shapes, seconds)
 
 
-def step_table(shapes: Iterable[Shape], seconds: float = 2.0) -> list[dict[str, Any]]:
+def step_table(shapes: Iterable[Shape], seconds: float = 2.0) -> list[Row]:
     """The same as `search_table` for a whole training step of the layer: forward, backward, EMA update."""
-    return _table("step", shapes, seconds)
-
-
-# ---- peak memory and other processes ----------------------------------------------------------------------------
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def peak_kib_of(call: Work) -> int:
-    """How far one call raises the resident set above where it stood before it, in KiB. Linux only."""
-    before = _status_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present
-    result = call()
-    peak = _status_kib("VmHWM")
-    del result
-    return max(0, peak - before)
-
-
-def _in_child(function: str, *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """What `function` of this module returns in a fresh process, with the same number of threads."""
-    code = (
-        "import json, sys, torch\nfrom fastvq.cli import bench\n"
-        "name, threads, arguments = json.loads(sys.argv[1])\ntorch.set_num_threads(threads)\n"
-        "print(json.dumps(getattr(bench, name)(*arguments)))"
-    )
-    payload = json.dumps([function, torch.get_num_threads(), arguments])
-    command = [sys.executable, "-c", code, payload]
-    done = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _peak_here(operation: str, contender: str, shape: Sequence[int]) -> float:
-    n, k, d = shape
-    work(operation, contender, (16, 16, d))()  # threads, libraries and autograd, not the operation, cost this much
-    return peak_kib_of(work(operation, contender, (n, k, d))) / 1024
-
-
-def peak_mib(operation: str, contender: str, shape: Shape) -> float | None:
-    """Peak memory of one call above its inputs, results included, in MiB; None where the system cannot tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    return _in_child("_peak_here", operation, contender, shape, environment=RETURN_MEMORY)
-
-
-def _times_here(operation: str, shape: Sequence[int], seconds: float) -> dict[str, list[float]]:
-    n, k, d = shape
-    return interleave({name: work(operation, name, (n, k, d)) for name in available()}, seconds)
-
-
-# ---- records ----------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, threads, versions."""
-    peer = metadata.version("vector-quantize-pytorch") if "peer" in available() else ""
-    return {
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvq": fastvq.__version__,
-        "peer": peer,
-    }
-
-
-def records(shapes: Iterable[Shape], seconds: float, operations: Iterable[str] = OPERATIONS) -> list[dict[str, Any]]:
-    """One record for each operation, shape, allocator and contender: p20, p50, p80 and peak memory."""
-    rows = []
-    for operation, shape in itertools.product(operations, shapes):
-        peaks = {name: peak_mib(operation, name, shape) for name in available()}
-        for allocator, environment in ALLOCATORS.items():
-            times = _in_child("_times_here", operation, shape, seconds, environment=environment)
-            for name, values in times.items():
-                row: dict[str, Any] = {"operation": operation, **dict(zip("NKD", shape, strict=True))}
-                row |= {"allocator": allocator, "contender": name, "rounds": len(values)}
-                row |= {f"p{p}_ms": round(percentile(values, p), 4) for p in (20, 50, 80)}
-                row["ratio"] = round(statistics.median(values) / statistics.median(times["fastvq"]), 2)
-                peak = peaks[name]
-                row["peak_mib"] = None if peak is None else round(peak, 1)
-                rows.append(row | machine())
-    return rows
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the records, a line each, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
-
-
-# ---- command ----------------------------------------------------------------------------------------------------
+    return _table(contenders.step_work, STEPS, shapes, seconds)
 
 
 def machine_line() -> str:
     """One line that says where the figures come from."""
     about = machine()
-    peer = f", vector-quantize-pytorch {about['peer']}" if about["peer"] else ""
-    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
-    return f"{about['cpu']}, {threads}, torch {about['torch']}, fastvq {about['fastvq']}{peer}"
+    names = {"faiss": "faiss", "peer": "vector-quantize-pytorch"}
+    rivals = "".join(f", {name} {about[key]}" for key, name in names.items() if about[key])
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+    return f"{about['cpu']}, {threads}, torch {about['torch']}, fastvq {about['fastvq']}{rivals}"
 
 
-def format_table(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Median milliseconds, each rival's with how many times as long it takes."""
-    lines = [f"{title:<24}" + "".join(f"{name:>20}" for name in CONTENDERS)]
+# ---- command ----------------------------------------------------------------------------------------------------
+
+
+def format_group(rows: Sequence[Row]) -> str:
+    """A group of rows as a person reads it."""
+    first = rows[0]
+    words = [f"{first['N']} x {first['K']} x {first['D']}", first["case"], f"malloc: {first['allocator']}"]
+    words.append(f"{first['threads']} thread{'s' * (first['threads'] != 1)}")
+    lines = [f"{first['part']} " + ", ".join(word for word in words if word)]
     for row in rows:
-        line = f"{row['N']:>8}{row['K']:>8}{row['D']:>8}{row['fastvq_ms']:>17.3f} ms"
-        for name in CONTENDERS[1:]:
-            took = row[f"{name}_ms"]
-            line += f"{'-':>20}" if took is None else f"{took:>12.3f}{took / row['fastvq_ms']:>7.1f}x"
+        line = f"  {row['contender']:<15}"
+        if row["p50_ms"] != "":
+            line += f"{row['p50_ms']:>11.3f} ms"
+        if row["ratio"] != "":
+            line += f"{row['ratio']:>9.2f}x"
+        if row["gflops"] != "":
+            line += f"{'' if row['ratio'] != '' else ' ' * 10}{row['gflops']:>10.1f} G/s"
+        if row["of_float32_peak"] != "":
+            line += f"{row['of_float32_peak']:>8.2f} of the float32 peak"
+        if row["peak_mib"] != "":
+            line += f"{row['peak_mib']:>10.1f} MiB"
         lines.append(line)
     return "\n".join(lines)
 
 
-def medians_of(rows: Sequence[dict[str, Any]], operation: str, allocator: str = "default") -> list[dict[str, Any]]:
-    """Records as the rows of `search_table` and `step_table`."""
-    table: dict[Shape, dict[str, Any]] = {}
-    for row in rows:
-        if row["operation"] == operation and row["allocator"] == allocator:
-            key = (row["N"], row["K"], row["D"])
-            line = table.setdefault(key, dict(zip("NKD", key, strict=True)) | {f"{n}_ms": None for n in CONTENDERS})
-            line[f"{row['contender']}_ms"] = row["p50_ms"]
-    return list(table.values())
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: OneLineParser) -> None:
     """The options of `fastvq bench`."""
-    parser.add_argument("--quick", action="store_true", help="three shapes, half a second each")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="measure p20, p50, p80, peak memory and both allocators; write them"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="two shapes, one round: a minute or two")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows; other parts that are there stay")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write the file if one was asked for."""
+    """Measure, print, and write the file, part by part, if one was asked for."""
+    unknown = [name for name in args.parts if name not in PARTS]
+    if unknown:
+        raise UserError(f"PART must be one of {', '.join(PARTS)}; got {unknown[0]}")
     if args.csv is not None and args.csv.is_dir():
         raise UserError(f"--csv must name a file; got the directory {args.csv}")
-    shapes, seconds = (QUICK_SHAPES, 0.5) if args.quick else (SHAPES, 5.0)
+    kept = _rows_of(args.csv) if args.csv is not None else []
+    start = time.perf_counter()
     print(machine_line())
-    print("Medians of calls taken in turn; x: times as long as fastvq.")
-    if args.csv is None:
-        print(f"\n{format_table('search: N, K, D', search_table(shapes, seconds))}", flush=True)
-        print(f"\n{format_table('training step: N, K, D', step_table(shapes, seconds))}")
-        return 0
-    rows = records(shapes, seconds)
-    for allocator in ALLOCATORS:
-        print(f"\nmalloc: {allocator}")
-        print(format_table("search: N, K, D", medians_of(rows, "search", allocator)))
-        print(format_table("training step: N, K, D", medians_of(rows, "step", allocator)))
-    write_csv(args.csv, rows)
-    print(f"\nwrote {args.csv}")
+    print("Medians of calls taken in turn; x: times as long as fastvq; G/s: 2 N K D / t.")
+    for part in [name for name in PARTS if name in (args.parts or PARTS)]:
+        measured = []
+        for rows in PARTS[part](Plan(args.quick)):
+            print(f"\n{format_group(rows)}", flush=True)
+            measured += rows
+        if args.csv is not None:
+            kept = [row for row in kept if row["part"] != part] + measured
+            order = list(PARTS)
+            kept.sort(key=lambda row: order.index(row["part"]))
+            write_csv(args.csv, kept)
+    print(f"\n{time.perf_counter() - start:.0f} seconds")
+    if args.csv is not None:
+        print(f"wrote {args.csv}")
     return 0
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """The rows that are in the file already.
+
+    Raises:
+        UserError: it is a file of something else.
+    """
+    if not path.exists():
+        return []
+    rows: list[Row] = list(read_csv(path))
+    if rows and (set(rows[0]) != {*COLUMNS, *machine()} or not {row["part"] for row in rows} <= PARTS.keys()):
+        raise UserError(f"--csv {path} holds other columns than fastvq bench writes; name another file")
+    return rows

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG bytes."""
+"""The pictures of a report, and the look of all plots, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def curves(rows: Sequence[Row]) -> bytes:
     """Reconstruction error, perplexity and dead codes over the steps."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = _figure(11.0, 3.1)
-    error, perplexity, dead = figure.subplots(1, 3)
+    canvas = figure(11.0, 3.1)
+    error, perplexity, dead = canvas.subplots(1, 3)
     steps = [row.step for row in rows]
     error.plot(steps, [row.train_mse for row in rows], color=TRAIN, label="training")
     error.plot(steps, [row.held_out_mse for row in rows], color=HELD_OUT, label="held out")
@@ -68,16 +68,16 @@ def curves(rows: Sequence[Row]) -> bytes:
         (perplexity, "Perplexity"),
         (dead, "Codes not used in training"),
     ):
-        _dress(axes, title, "step")
-    return _render(figure)
+        dress(axes, title, "step")
+    return render(canvas)
 
 
 def codebook_usage(counts: Tensor) -> bytes:
     """How often each code occurs, the most frequent first, against an even use of all of them."""
     shares = np.sort(counts.double().numpy())[::-1] / max(1, int(counts.sum()))
     even, use = 100 / len(shares), CodebookUse.of(counts)
-    figure = _figure(11.0, 2.9)
-    axes = figure.subplots()
+    canvas = figure(11.0, 2.9)
+    axes = canvas.subplots()
     axes.bar(np.arange(len(shares)), 100 * shares, width=1.0, color=HELD_OUT, linewidth=0)
     axes.axhline(even, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.annotate(
@@ -90,8 +90,8 @@ def codebook_usage(counts: Tensor) -> bytes:
     )
     axes.set_xlim(-0.5, len(shares) - 0.5)
     title = f"Share of each code, in %: {use.perplexity:.0f} codes' worth of perplexity, {use.dead} unused"
-    _dress(axes, title, "codes, the most frequent first")
-    return _render(figure)
+    dress(axes, title, "codes, the most frequent first")
+    return render(canvas)
 
 
 def _tile(image: Tensor, side: int, scale: int) -> Image:
@@ -103,14 +103,16 @@ def _tile(image: Tensor, side: int, scale: int) -> Image:
     return tile.resize((side * scale, side * scale), pillow.Resampling.NEAREST)
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure(width: float, height: float) -> Figure:
+    """An empty picture, in inches."""
     # Not pyplot: it would choose a window system and keep every figure alive.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
-def _dress(axes: Axes, title: str, label: str) -> None:
+def dress(axes: Axes, title: str, label: str) -> None:
+    """Title, axis label and quiet lines, the same for every plot."""
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=10)
     axes.set_xlabel(label, color=MUTED, fontsize=9)
     axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=3)
@@ -121,9 +123,10 @@ def _dress(axes: Axes, title: str, label: str) -> None:
         spine.set_color("#c9cfd9")
 
 
-def _render(figure: Figure) -> bytes:
+def render(picture: Figure) -> bytes:
+    """The picture as PNG."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=160)
+    picture.savefig(content, format="png", dpi=160)
     return content.getvalue()
 
 

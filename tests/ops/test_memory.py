@@ -14,7 +14,7 @@ MEASURE = """
 import sys
 import torch
 import fastvq
-from fastvq.cli.bench import _status_kib
+from fastvq.measure.memory import status_kib
 
 def work(operation, n, k, d):
     x = torch.randn(n, d).requires_grad_()
@@ -40,10 +40,10 @@ torch.set_num_threads(2)
 operation, n, k, d = sys.argv[1], *map(int, sys.argv[2:])
 work(operation, 100, 100, d)()
 call = work(operation, n, k, d)
-before = _status_kib("VmRSS")
+before = status_kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 results = call()
-peak = _status_kib("VmHWM")
+peak = status_kib("VmHWM")
 print((peak - before) * 1024 - sum(t.nbytes for t in results))
 """
 

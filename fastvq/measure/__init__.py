@@ -1,0 +1,1 @@
+"""Measuring: contenders in turn, in processes of their own, against the limits of the machine."""
