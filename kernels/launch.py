@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +50,39 @@ def _device(index: int) -> Device:
     return Device("cuda", arch, shared, properties.multi_processor_count, 32)
 
 
+_taken: ContextVar[tuple[Device, Callable[..., None]] | None] = ContextVar("fastvq_launches", default=None)
+
+
+@contextlib.contextmanager
+def taken_by(take: Callable[..., None], device: Device) -> Iterator[None]:
+    """Inside the block host code runs as on `device`, and `take` gets what `launch` would have been given.
+
+    With meta tensors this tells what a call launches without computing anything: a host sync is an error there.
+    """
+    token = _taken.set((device, take))
+    try:
+        yield
+    finally:
+        _taken.reset(token)
+
+
 def device_of(t: Tensor) -> Device:
     """The device that serves a tensor."""
+    taken = _taken.get()
+    if taken is not None:
+        return taken[0]
     return INTERPRETER if t.device.type == "cpu" else _device(t.device.index)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start `kernel` on the current device and stream: every launch passes here, so that a test can record it.
+    """Start `kernel` on the current device and stream: every launch passes here, so that `taken_by` sees it.
 
     `arguments` are the runtime ones in order; `options` the constexprs by name, num_warps and num_stages. Without
     fused multiply-add unless a kernel asks for it by `tl.fma`: the contract rounds each operation on its own.
     """
-    kernel[grid](*arguments, enable_fp_fusion=False, **options)
+    options["enable_fp_fusion"] = False
+    taken = _taken.get()
+    if taken is not None:
+        taken[1](kernel, grid, *arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)

@@ -1,0 +1,24 @@
+"""Launches: every one can be taken, and then nothing runs."""
+
+import torch
+import triton
+import triton.language as tl
+from fastvq.kernels import launch
+
+
+@triton.jit
+def _fill_kernel(out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, 1.0, mask=at < n)
+
+
+def test_a_launch_runs_unless_it_is_taken():
+    out, taken = torch.zeros(5), []
+    with launch.taken_by(lambda *arguments, **options: taken.append((arguments, options)), launch.DEVICES["sm_90"]):
+        assert launch.device_of(torch.empty(1, device="meta")).arch == "sm_90"
+        launch.launch(_fill_kernel, (1,), out, 5, BLOCK=8, num_warps=4)
+    assert taken == [((_fill_kernel, (1,), out, 5), {"BLOCK": 8, "num_warps": 4, "enable_fp_fusion": False})]
+    assert (out == 0).all()
+    assert launch.device_of(out) is launch.INTERPRETER
+    launch.launch(_fill_kernel, (1,), out, 5, BLOCK=8)
+    assert (out == 1).all()
