@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "draw a run: reconstructions, curves, codebook, one HTML page",
     "demo": "train on photographs for some two minutes, then report",
     "bench": "time fastvq against plain PyTorch on this machine",
+    "profile": "search as the codebook grows: time, limits of the device, memory, a trace",
     "info": "what was built, what was found, which backend serves",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+    from fastvq.cli.profile import Point
+    from fastvq.measure.device import Limits
+
 INK, MUTED, PAPER = "#1d2433", "#8a93a3", "#ffffff"
 TRAIN, HELD_OUT = "#9aa5b8", "#c2410c"
 
@@ -91,6 +94,50 @@ def codebook_usage(counts: Tensor) -> bytes:
     axes.set_xlim(-0.5, len(shares) - 0.5)
     title = f"Share of each code, in %: {use.perplexity:.0f} codes' worth of perplexity, {use.dead} unused"
     dress(axes, title, "codes, the most frequent first")
+    return render(canvas)
+
+
+DIMENSIONS = ("#c2410c", "#2563a8", "#4d7c4a", "#7a6a9b", "#a3791a", "#3b8686")  # a colour for each D
+
+
+def profile_plots(points: Sequence[Point], limits: Limits) -> bytes:
+    """Time, roofline, memory and second looks of `fastvq profile`, a line for each D."""
+    canvas = figure(11.0, 7.4)
+    (time, roof), (memory, looks) = canvas.subplots(2, 2)
+    for number, dim in enumerate(dict.fromkeys(point.dim for point in points)):
+        some = [point for point in points if point.dim == dim]
+        sizes, colour = [point.codebook_size for point in some], DIMENSIONS[number % len(DIMENSIONS)]
+        style = {"color": colour, "marker": "o", "markersize": 3.5, "label": f"D = {dim}"}
+        time.plot(sizes, [point.p50_ms for point in some], **style)
+        roof.plot([point.intensity for point in some], [point.gops for point in some], **style)
+        memory.plot(sizes, [np.nan if p.peak_mib is None else max(p.peak_mib, 0.1) for p in some], **style)
+        for shares, line in (([p.second_look for p in some], "-"), ([p.exact for p in some], ":")):
+            looks.plot(sizes, [np.nan if s is None else 100 * s for s in shares], linestyle=line, **style)
+    naive = {point.codebook_size: point.naive_mib for point in points}
+    memory.plot(list(naive), list(naive.values()), color=MUTED, linestyle=(0, (4, 3)), label="naive")
+    reach = np.array([1.0, max(point.intensity for point in points) * 2])
+    top = max(limits.rates.values())
+    roof.plot(reach, np.minimum(reach * limits.copy, top), color=INK, linewidth=1.0)
+    for name, rate in limits.rates.items():
+        roof.plot([max(rate / limits.copy, reach[0]), reach[1]], [rate, rate], color=INK, linewidth=1.0)
+        roof.annotate(
+            name, (reach[1], rate), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8.5, color=INK
+        )
+    for axes, title, label in (
+        (time, "Milliseconds a search", "codes"),
+        (roof, "Roofline: G operations/s under the device's measured limits", "operations for each byte moved"),
+        (memory, "Peak memory in MiB", "codes"),
+        (looks, "Rows in % that took a second look (line), and float64 (dots)", "codes"),
+    ):
+        axes.set_xscale("log", base=10 if axes is roof else 2)
+        if axes is not looks:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        dress(axes, title, label)
+    roof.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    looks.set_xlim(memory.get_xlim())
+    looks.set_ylim(bottom=0)
+    memory.legend(frameon=False, labelcolor=INK, fontsize=8.5)
     return render(canvas)
 
 
