@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from fastvq.functional import code_sums, ema_update_
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.distributed import all_reduce_, take_turns
+from fastvq.nn.estimators import straight_through
 from fastvq.nn.kmeans import kmeans
 from fastvq.nn.recompute import recomputing
 from fastvq.nn.sampling import rows_for_codes
+
+EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
 class Codebook(nn.Module):
     """H codebooks of K codes of D numbers, with the state of their exponential moving averages.
 
     The state_dict is that of vector-quantize-pytorch: initted () bool, cluster_size (H, K), embed_avg (H, K, D) and
-    embed (H, K, D), which is a parameter when `learnable`. It stays in float32 when the module is cast to a narrower
-    dtype, since moving averages stall there; a parameter is cast.
+    embed (H, K, D), which is a parameter when `learnable_codebook`. Buffers stay in float32 when the module is cast to
+    a narrower dtype, since moving averages stall there; a parameter is cast.
 
     Args:
         dim: D.
@@ -32,16 +35,23 @@ class Codebook(nn.Module):
         kmeans_iters: its iterations.
         decay: of the moving averages.
         eps: of the Laplace smoothing.
-        threshold: codes whose cluster_size is below it are dead, and replaced by rows of the batch; 0 keeps them.
-        metric: "euclidean" or "cosine".
-        learnable: the codes are a parameter.
+        threshold_ema_dead_code: codes whose cluster_size is below it are dead, and replaced by rows of the batch; 0
+            keeps them.
+        use_cosine_sim: codes are unit vectors, searched by their dot products.
+        learnable_codebook: the codes are a parameter.
         ema_update: the codes follow their moving averages.
+        manual_ema_update: they follow when `update_ema` is called.
+        shared: the processes of a data-parallel job keep one codebook.
+        share_draws: k-means and the replacement of dead codes are part of that.
+        vq_bridge: maps the codes (H, K, D) to those that are searched (FVQ: Chang et al., 2025, arXiv:2509.10140).
+        strict_compat: see `VectorQuantize`.
     """
 
     initted: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
     embed: Tensor
+    counts: Tensor
 
     def __init__(
         self,
@@ -53,20 +63,31 @@ class Codebook(nn.Module):
         kmeans_iters: int,
         decay: float,
         eps: float,
-        threshold: float,
-        metric: str,
-        learnable: bool,
+        threshold_ema_dead_code: float,
+        use_cosine_sim: bool,
+        learnable_codebook: bool,
         ema_update: bool,
+        manual_ema_update: bool,
+        shared: bool,
+        share_draws: bool,
+        vq_bridge: nn.Module | None,
+        strict_compat: bool,
     ) -> None:
         super().__init__()
         self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
         self.kmeans_iters = kmeans_iters
         self.decay = decay
         self.eps = eps
-        self.threshold = threshold
-        self.metric = metric
-        self.learnable = learnable
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.reset_cluster_size = threshold_ema_dead_code
+        self.use_cosine_sim = use_cosine_sim
+        self.learnable_codebook = learnable_codebook
         self.ema_update = ema_update
+        self.manual_ema_update = manual_ema_update
+        self.shared = shared
+        self.share_draws = share_draws
+        self.strict_compat = strict_compat
 
         embed = torch.zeros(num_codebooks, codebook_size, dim)
         if not kmeans_init:
@@ -75,37 +96,67 @@ class Codebook(nn.Module):
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("embed_avg", embed.clone())
-        if learnable:
+        if learnable_codebook:
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
+        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size), persistent=False)
+        self.vq_bridge = vq_bridge
         self._ready = not kmeans_init  # `initted` for Python, so that no forward waits for the device to ask
+        self._waiting = False  # whether statistics wait in the `grad` of the averages, which compiled code cannot ask
         self._forward_codes: Tensor | None = None
+
+    @property
+    def metric(self) -> str:
+        """Of the search."""
+        return "cosine" if self.use_cosine_sim else "euclidean"
+
+    @property
+    def has_dead_code_replacement(self) -> bool:
+        """Whether dead codes are replaced."""
+        return self.threshold_ema_dead_code > 0
+
+    # ---- the codes ----------------------------------------------------------------------------------------------
 
     def codes(self, *, changing: bool) -> Tensor:
         """The codes of this forward, (H, K, D); apart from `embed` when the step will write that before backward."""
-        if recomputing() and self._forward_codes is not None:
-            return self._forward_codes
-        codes = self.embed.clone() if changing else self.embed
-        if not self.learnable and not torch.compiler.is_compiling():
-            self._forward_codes = codes
+        kept = self._forward_codes
+        if recomputing() and kept is not None:
+            return straight_through(self.as_used(self.embed), kept) if self.learnable_codebook else kept
+        codes = self.as_used(self.embed.clone() if changing else self.embed)
+        if not torch.compiler.is_compiling() and (changing or not self.learnable_codebook):
+            self._forward_codes = codes.detach()
         return codes
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """The codes at indices (H, ...): (H, ..., D), zero where the index is -1; differentiable to the codes."""
+    def as_used(self, embed: Tensor) -> Tensor:
+        """Codes (H, K, D) as they are searched and returned."""
+        return embed if self.vq_bridge is None else self.vq_bridge(embed)
+
+    @staticmethod
+    def lookup(codes: Tensor, indices: Tensor) -> Tensor:
+        """codes (H, K, D) at indices (H, ...): (H, ..., D), zero where the index is -1; differentiable to the codes."""
         heads = torch.arange(indices.shape[0], device=indices.device).view(-1, *[1] * (indices.dim() - 1))
-        codes = self.embed[heads, indices.clamp(min=0)]
-        return codes.masked_fill((indices < 0).unsqueeze(-1), 0.0)
+        found = codes[heads, indices.clamp(min=0)]
+        return found.masked_fill((indices < 0).unsqueeze(-1), 0.0)
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
         """Put codes (H, K, D) in place, with the averages that give them back at the next update."""
         self.embed.copy_(self._on_manifold(codes.to(self.embed)))
-        total = self.cluster_size.sum(-1, keepdim=True)
-        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
-        self.embed_avg.copy_(self.embed * smoothed.unsqueeze(-1))
+        self.embed_avg.copy_(self.embed * self._smoothed_sizes())
         self.initted.fill_(True)
         self._ready = True
+
+    def _smoothed_sizes(self) -> Tensor:
+        """cluster_size with Laplace smoothing, (H, K, 1)."""
+        total = self.cluster_size.sum(-1, keepdim=True)
+        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
+        return smoothed.unsqueeze(-1)
+
+    def _on_manifold(self, codes: Tensor) -> Tensor:
+        return l2norm(codes) if self.use_cosine_sim else codes
+
+    # ---- learning -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def init_from(self, rows: Tensor, mask: Tensor | None) -> None:
@@ -119,59 +170,174 @@ class Codebook(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        means, counts = kmeans(rows, self.codebook_size, self.kmeans_iters, metric=self.metric, mask=mask)
+        shared = self.shared and self.share_draws
+        means, counts = kmeans(
+            rows, self.codebook_size, self.kmeans_iters, metric=self.metric, mask=finite(rows, mask), shared=shared
+        )
         # A batch that is masked throughout has no counts; sizes of 1 are those of a new codebook.
         self.cluster_size.copy_(torch.where(counts.sum(-1, keepdim=True) > 0, counts, 1.0))
         self.set_codes(means)
-
-    @property
-    def tracks(self) -> bool:
-        """Whether a training step writes the state."""
-        return self.ema_update or self.threshold > 0
+        if self.strict_compat:
+            self.embed_avg.copy_(means * counts.unsqueeze(-1))
+            self.update_ema()
 
     @torch.no_grad()
-    def update(self, rows: Tensor, indices: Tensor, mask: Tensor | None) -> None:
-        """Learn from rows (H, B, T, D), their indices (H, B, T) and mask: move the averages, replace dead codes."""
-        self._move_averages(rows, indices, mask)
-        if self.threshold > 0 and rows.numel() > 0:
-            self._replace_dead_codes(rows, mask)
+    def observe(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Take note of the rows (H, B, T, D) of a forward before their search; nothing here."""
 
-    def _move_averages(self, rows: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+    def writes(self, ema_update: bool | None) -> bool:
+        """Whether a training step writes codes or averages."""
+        return self.has_dead_code_replacement or (self.ema_update if ema_update is None else ema_update)
+
+    @torch.no_grad()
+    def update(
+        self,
+        rows: Tensor,
+        indices: Tensor,
+        mask: Tensor | None,
+        *,
+        weight: EmaWeight | None = None,
+        accumulate: bool = False,
+        ema_update: bool | None = None,
+    ) -> None:
+        """Learn from rows: move the averages and the codes, replace dead codes. NaN and infinite rows teach nothing.
+
+        Args:
+            rows: (H, B, T, D).
+            indices: (H, B, T), their codes.
+            mask: (H, B, T) bool; rows where it is False are left out.
+            weight: of this step for each code, times 1 - decay: (K,) or (H, K), or a function of sums (H, K, D) and
+                counts (H, K) that gives one.
+            accumulate: keep the sums, in `grad` of the averages, for the next step that does not.
+            ema_update: whether codes follow the averages; None asks the constructor's.
+        """
+        kept = finite(rows, mask)
+        if not self.writes(ema_update):
+            self.counts.copy_(self._sums(rows[..., :1], indices, kept)[0])
+            return
+        counts, sums = self._sums(rows, indices, kept)
+        self.counts.copy_(counts)
+        counts, sums = self.of_codes(counts, sums)
+        if callable(weight):
+            weight = weight(sums, counts)
+        if accumulate:
+            self._accumulate(counts, sums)
+            return
+        if self._waiting:
+            counts, sums = self._accumulated(counts, sums)
+        follows = (self.ema_update if ema_update is None else ema_update) and not self.manual_ema_update
+        self._move_averages(counts, sums, weight, follows)
+        self.expire_codes_(rows, mask)
+
+    def _sums(self, rows: Tensor, indices: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """How many rows chose each code, (H, K), and their sums (H, K, D), over all processes."""
         counts, sums = code_sums(rows, indices, self.codebook_size, mask=mask, per_head=True)
-        ema_update_(
-            self.embed if self.ema_update else torch.empty_like(self.embed),
-            self.cluster_size,
-            self.embed_avg,
-            all_reduce_(counts),
-            all_reduce_(sums),
-            decay=self.decay,
-            eps=self.eps,
-        )
-        if self.ema_update and self.metric == "cosine":
-            self.embed.copy_(l2norm(self.embed))
+        return all_reduce_(counts, shared=self.shared), all_reduce_(sums, shared=self.shared)
 
-    def _replace_dead_codes(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Codes in too little use start again as rows of the batch, each with a cluster_size of the threshold."""
-        drawn, served = rows_for_codes(rows, self.cluster_size < self.threshold, mask)
-        drawn, served = take_turns(drawn.to(self.embed), served)
+    def of_codes(self, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts and sums of rows, as those of the rows in the frame of `embed`."""
+        return counts, sums
+
+    def _accumulate(self, *sums: Tensor) -> None:
+        for average, new in zip((self.cluster_size, self.embed_avg), sums, strict=True):
+            average.grad = new.to(average) if average.grad is None else average.grad + new.to(average)
+        self._waiting = True
+
+    def _accumulated(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        averages = self.cluster_size, self.embed_avg
+        total = tuple(n if a.grad is None else n + a.grad for a, n in zip(averages, sums, strict=True))
+        for average in averages:
+            average.grad = None
+        self._waiting = False
+        return total
+
+    def _move_averages(self, counts: Tensor, sums: Tensor, weight: Tensor | None, follows: bool) -> None:
+        if weight is None:
+            codes = self.embed if follows else torch.empty_like(self.embed)
+            ema_update_(codes, self.cluster_size, self.embed_avg, counts, sums, decay=self.decay, eps=self.eps)
+            if follows and self.use_cosine_sim:
+                self.embed.copy_(l2norm(self.embed))
+            return
+        if weight.shape not in (self.cluster_size.shape, self.cluster_size.shape[1:]):
+            wanted = f"{tuple(self.cluster_size.shape[1:])} or {tuple(self.cluster_size.shape)}"
+            raise ValueError(f"ema_update_weight must have shape {wanted}; got {tuple(weight.shape)}")
+        step = ((1 - self.decay) * weight).to(self.cluster_size).expand_as(self.cluster_size)
+        self.cluster_size.lerp_(counts.to(step), step)
+        self.embed_avg.lerp_(sums.to(step), step.unsqueeze(-1))
+        if follows:
+            self.update_ema()
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Set the codes to their moving averages; `update` does so unless `manual_ema_update`."""
+        self.embed.copy_(self._on_manifold(self.embed_avg / self._smoothed_sizes()))
+
+    # ---- dead codes ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:
+        """In training, replace the codes in too little use by rows; see `replace`."""
+        if self.has_dead_code_replacement and self.training and batch_samples.numel() > 0:
+            self.replace(batch_samples, self.cluster_size < self.threshold_ema_dead_code, seq_mask)
+
+    @torch.no_grad()
+    def replace(self, batch_samples: Tensor, batch_mask: Tensor, seq_mask: Tensor | None = None) -> None:
+        """Start codes again as random rows, no row twice, each with a cluster_size of the threshold.
+
+        Args:
+            batch_samples: (H, ..., D), at least one row, unit vectors for cosine; a code that draws a row
+                that is not finite keeps its place.
+            batch_mask: (H, K) bool, the codes to replace.
+            seq_mask: (H, ...) bool; rows where it is False are not drawn.
+        """
+        rows = batch_samples.unsqueeze(1) if batch_samples.dim() < 4 else batch_samples.flatten(1, -3)
+        mask = None if seq_mask is None else seq_mask.view(rows.shape[:-1])
+        drawn, served = rows_for_codes(rows, batch_mask, mask)
+        served = served & drawn.isfinite().all(-1)
+        drawn, served = take_turns(drawn.to(self.embed), served, shared=self.shared and self.share_draws)
         chosen = served.unsqueeze(-1)
-        drawn.masked_fill_(~chosen, 0.0)
-        self.cluster_size.masked_fill_(served, self.threshold)
+        drawn = self.row_of_codes(drawn).masked_fill(~chosen, 0.0)
+        self.cluster_size.masked_fill_(served, self.reset_cluster_size)
         self.embed.masked_fill_(chosen, 0.0).add_(drawn)
-        self.embed_avg.masked_fill_(chosen, 0.0).add_(drawn, alpha=self.threshold)
+        self.embed_avg.masked_fill_(chosen, 0.0).add_(drawn, alpha=self.reset_cluster_size)
 
-    def _on_manifold(self, codes: Tensor) -> Tensor:
-        return l2norm(codes) if self.metric == "cosine" else codes
+    def row_of_codes(self, rows: Tensor) -> Tensor:
+        """Rows (H, K, D) in the frame of `embed`."""
+        return rows
+
+    # ---- usage --------------------------------------------------------------------------------------------------
+
+    @property
+    def usage(self) -> Tensor:
+        """The part of the codes that the last training step used, (H,)."""
+        return (self.counts > 0).to(self.counts.dtype).mean(-1)
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of how the last training step used the codes, (H,); 1 before any."""
+        chances = self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1)
+        return torch.special.entr(chances).sum(-1).exp()
+
+    # ---- casts and checkpoints ----------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        def not_below_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+        kept = {id(buffer) for buffer in self._buffers.values()}
 
-        super()._apply(fn if self.learnable else not_below_float32, recurse)
+        def buffers_not_below_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrow = id(tensor) in kept and moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if narrow else moved
+
+        super()._apply(buffers_not_below_float32, recurse)
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         if not self.initted.is_meta:
             self._ready = bool(self.initted)
+
+
+def finite(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Which rows (H, B, T, D) are finite, and kept by the mask (H, B, T): bool, (H, B, T)."""
+    sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return sums.isfinite() if mask is None else sums.isfinite() & mask

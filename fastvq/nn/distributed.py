@@ -11,25 +11,26 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def all_reduce_(tensor: Tensor) -> Tensor:
-    """`tensor`, replaced by its sum over the processes."""
-    if world_size() > 1:
+def all_reduce_(tensor: Tensor, *, shared: bool = True) -> Tensor:
+    """`tensor`, replaced by its sum over the processes when `shared`."""
+    if shared and world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
-def take_turns(drawn: Tensor, served: Tensor) -> tuple[Tensor, Tensor]:
-    """The same draw on every process: code k takes what process k mod W has drawn for it.
+def take_turns(drawn: Tensor, served: Tensor, *, shared: bool = True) -> tuple[Tensor, Tensor]:
+    """The same draw on every process, when `shared`: code k takes what process k mod W has drawn for it.
 
     Args:
         drawn: (H, K, D), this process's row for each code.
         served: (H, K) bool, whether it has one.
+        shared: whether the processes agree; else each keeps its own.
 
     Returns:
         drawn and served, agreed; a code whose process has no row for it is not served.
     """
     processes = world_size()
-    if processes == 1:
+    if not shared or processes == 1:
         return drawn, served
     turn = torch.arange(served.shape[1], device=served.device) % processes
     served = served & (turn == distributed.get_rank())
