@@ -26,18 +26,23 @@ class BlockSearch {
         width_(width),
         rows_(allocate<X>(width * kernel.lanes)),
         centred_(allocate<float>(width * kernel.lanes)),
-        minima_(allocate<float>(std::min(groups, kScreenGroups) * kernel.lanes)),
+        minima_(allocate<float>(fours_of(groups) * 4 * kernel.lanes)),
         packed_(allocate<std::int32_t>(kernel.int8 ? (width + 3) / 4 * kernel.lanes : 0)),
+        row_major_(allocate<float>(kernel.int8 ? width * kernel.lanes : 0)),
+        fours_(allocate<std::int32_t>(fours_of(groups))),
+        masks_(allocate<std::uint64_t>(fours_of(groups))),
         lane_(allocate<int>(kMaxCandidates)),
-        group_(allocate<std::int64_t>(kMaxCandidates)),
-        scores_(allocate<float>(kMaxCandidates * kGroup)) {}
+        code_(allocate<std::int64_t>(kMaxCandidates)),
+        score_(allocate<float>(kMaxCandidates)) {}
 
   int lanes() const { return kernel_.lanes; }
   X* rows() { return rows_.get(); }
 
-  // Loads rows first .. first+count-1, widened; the lanes past them are zero.
+  // Loads rows first .. first+count-1, widened; the lanes past them are zero. Those after them are fetched into the
+  // cache meanwhile: sixteen strided streams are more than the hardware foresees.
   void load(const Rows& x, std::int64_t first, int count) {
     dispatch(x.dtype, [&](auto* type) { load_as<std::remove_pointer_t<decltype(type)>>(x, first, count); });
+    prefetch(x, first + count);
   }
 
   // The nearest codes of the rows that are loaded, and their distances if wanted.
@@ -45,6 +50,7 @@ class BlockSearch {
     RowBlock block;
     block.is_double = std::is_same_v<X, double>;
     block.rows = rows_.get();
+    block.row = in_place_ ? source_ : nullptr;
     block.count = count;
     block.certify = certify;
     block.want_value = want_value;
@@ -52,9 +58,12 @@ class BlockSearch {
     scratch.centred = centred_.get();
     scratch.minima = minima_.get();
     scratch.packed = packed_.get();
+    scratch.row_major = row_major_.get();
+    scratch.fours = fours_.get();
+    scratch.masks = masks_.get();
     scratch.lane = lane_.get();
-    scratch.group = group_.get();
-    scratch.scores = scores_.get();
+    scratch.code = code_.get();
+    scratch.score = score_.get();
     scratch.trial = &trial_;
     kernel_.nearest(codebook, block, scratch, found);
   }
@@ -66,9 +75,24 @@ class BlockSearch {
   template <class T>
   using Buffer = std::unique_ptr<T[], Free>;
 
+  static std::int64_t fours_of(std::int64_t groups) { return (std::min(groups, kScreenGroups) + 3) / 4; }
+
   template <class T>
   static Buffer<T> allocate(std::int64_t count) {
     return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
+  }
+
+  // Inlined by order: gcc takes a function that only prefetches for one without effect and drops the call.
+  __attribute__((always_inline)) void prefetch(const Rows& x, std::int64_t first) const {
+    const std::int64_t size = element_bytes(x.dtype), last = std::min(x.count, first + kernel_.lanes) - 1;
+    const auto at = [&](std::int64_t n) { return static_cast<const char*>(x.data) + x.offset(n) * size; };
+    if (x.step == 1) {
+      for (std::int64_t n = first; n <= last; ++n)
+        for (const char *line = at(n), *end = line + width_ * size; line < end; line += 64)
+          __builtin_prefetch(line, 0, 2);
+    } else if (first <= last && at(last) - at(first) == (last - first) * size) {  // side by side
+      for (std::int64_t d = 0; d < width_; ++d) __builtin_prefetch(at(first) + d * x.step * size, 0, 2);
+    }
   }
 
   template <class Stored>
@@ -77,7 +101,9 @@ class BlockSearch {
     const Stored* source[kMaxLanes];
     for (int l = 0; l < count; ++l) source[l] = x.row<Stored>(first + l);
     X* out = rows_.get();
+    in_place_ = std::is_same_v<Stored, float> && std::is_same_v<X, float> && x.step == 1;
     if constexpr (std::is_same_v<Stored, float> && std::is_same_v<X, float>) {
+      std::copy(source, source + count, source_);
       if (count == lanes && x.step == 1) return kernel_.load_rows(source, width_, out);
     }
     bool adjacent = count == lanes;  // as in an image (B, D, height, width), where a block of rows lies side by side
@@ -101,9 +127,14 @@ class BlockSearch {
   Buffer<float> centred_;
   Buffer<float> minima_;
   Buffer<std::int32_t> packed_;
+  Buffer<float> row_major_;
+  Buffer<std::int32_t> fours_;
+  Buffer<std::uint64_t> masks_;
   Buffer<int> lane_;
-  Buffer<std::int64_t> group_;
-  Buffer<float> scores_;
+  Buffer<std::int64_t> code_;
+  Buffer<float> score_;
+  const float* source_[kMaxLanes];  // where the rows that are loaded lie, if they do as D floats each
+  bool in_place_ = false;
   Int8Trial trial_;
 };
 

@@ -18,6 +18,10 @@ std::int64_t tasks_of(std::int64_t groups) {
   return (groups + kGroupsPerTask - 1) / kGroupsPerTask;
 }
 
+bool lies_as_floats(const Rows& codes) {
+  return codes.dtype == DType::kFloat32 && codes.step == 1;
+}
+
 template <class F>
 void for_each_group(std::int64_t groups, int threads, const F& f) {
   parallel(tasks_of(groups), threads, [&](Tasks& tasks) {
@@ -46,13 +50,22 @@ PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, 
     view_.exact = exact_float_.get();
     copy_exact(codes, exact_float_.get(), threads);
     if (screened) prepare_screen(threads);
-    if (int8 && view_.screen) prepare_int8(threads);
+    if (int8 && view_.screen) prepare_int8(lies_as_floats(codes), threads);
   }
 }
 
 std::int64_t PackedCodebook::bytes() const {
   const std::int64_t elements = view_.groups * view_.width * kGroup;
-  return elements * ((exact_float_ ? 4 : 8) + (screen_ ? 4 : 0) + (int8_codes_ ? 1 : 0)) + view_.groups * kGroup * 12;
+  return elements * ((exact_float_ ? 4 : 8) + (screen_ ? 4 : 0) + (rows_ ? 4 : 0) + (int8_codes_ ? 1 : 0)) +
+         view_.groups * kGroup * 12;
+}
+
+CodebookView PackedCodebook::view(const Rows& codes) const {
+  CodebookView view = view_;
+  if (!view.int8_codes || view.rows) return view;
+  view.rows = codes.row<float>(0);
+  view.row_stride = codes.dims ? codes.strides[0] : 0;
+  return view;
 }
 
 template <class T>
@@ -178,7 +191,7 @@ void PackedCodebook::exclude_copies(const std::uint32_t* hashes) {
   }
 }
 
-void PackedCodebook::prepare_int8(int threads) {
+void PackedCodebook::prepare_int8(bool floats, int threads) {
   constexpr std::int64_t kFewestCodes = 64;  // below, quantising the rows costs more than it saves
   constexpr std::int64_t kWidest = 4096;     // above, the bias does not fit into int16
   const std::int64_t width = view_.width, groups = view_.groups, quads = (width + 3) / 4;
@@ -186,6 +199,11 @@ void PackedCodebook::prepare_int8(int threads) {
   const float scale = screen_largest_ / 127;
   if (!(scale > 0x1p-60f)) return;
 
+  if (!floats || screen_) {  // else view() finds them
+    rows_.reset(new float[groups * kGroup * width]);
+    view_.rows = rows_.get();
+    view_.row_stride = width;
+  }
   int8_codes_.reset(new std::int8_t[groups * quads * 4 * kGroup]);
   int8_start_.reset(new std::int32_t[groups * kGroup]);
   int8_bias_.reset(new std::int32_t[groups * kGroup]);
@@ -195,6 +213,10 @@ void PackedCodebook::prepare_int8(int threads) {
     kernel.quantise(view_.screen + g * width * kGroup, view_.bias + g * kGroup, width, scale,
                     int8_codes_.get() + g * quads * 4 * kGroup, int8_start_.get() + g * kGroup,
                     int8_bias_.get() + g * kGroup, &extremes[task]);
+    if (!rows_) return;
+    const float* group = view_.screen + g * width * kGroup;
+    for (int j = 0; j < kGroup; ++j)
+      for (std::int64_t d = 0; d < width; ++d) rows_[(g * kGroup + j) * width + d] = group[d * kGroup + j];
   });
   double residual = 0;
   for (const CodeExtremes& e : extremes) {

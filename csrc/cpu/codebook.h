@@ -34,6 +34,8 @@ struct CodebookView {
   double int8_residual = 0;                  // E_8, at least max |e - s_c q|
   double bias_error = 0;                     // max ||q|^2 / 2 - 1024 a - 32 b|
   double bias_high = 0, bias_low = 0;        // max a, max |b|
+  const float* rows = nullptr;               // c~ once more, code k at rows + k * row_stride; with int8_codes only
+  std::int64_t row_stride = 0;
 
   double scale = 1;        // S, a power of two
   double screen_norm = 0;  // C, at least max |c~|
@@ -49,6 +51,8 @@ class PackedCodebook {
   PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads);
 
   const CodebookView& view() const { return view_; }
+  // The view for one call: codes that are screened as they are, are read one by one from where they lie.
+  CodebookView view(const Rows& codes) const;
   std::int64_t bytes() const;
 
  private:
@@ -56,7 +60,7 @@ class PackedCodebook {
   void copy_exact(const Rows& codes, T* exact, int threads) const;
   void prepare_screen(int threads);
   void exclude_copies(const std::uint32_t* hashes);
-  void prepare_int8(int threads);
+  void prepare_int8(bool floats, int threads);  // floats: the codes lie as D floats each
 
   CodebookView view_;
   float screen_largest_ = 0;  // max |c~_i|
@@ -65,6 +69,7 @@ class PackedCodebook {
   std::unique_ptr<float[]> screen_;
   std::unique_ptr<float[]> bias_;
   std::unique_ptr<float[]> mean_;
+  std::unique_ptr<float[]> rows_;
   std::unique_ptr<std::int8_t[]> int8_codes_;
   std::unique_ptr<std::int32_t[]> int8_start_;
   std::unique_ptr<std::int32_t[]> int8_bias_;

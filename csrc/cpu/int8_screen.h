@@ -143,13 +143,103 @@ void int8_thresholds(const CodebookView& codebook, const Bounds& bounds, const I
   for (int l = bounds.block.count; l < kLanes; ++l) out[l] = INT32_MAX;
 }
 
-inline unsigned lanes_at_least(const std::int32_t* a, IntVector b) {
-  return _mm512_cmp_epi32_mask(reinterpret_cast<__m512i>(load<IntVector>(a)), reinterpret_cast<__m512i>(b),
-                               _MM_CMPINT_NLT);
+typedef std::int32_t IntGroup __attribute__((vector_size(32)));  // a value for each code of a group
+
+// The scores of the codes of one group for one row: the same integers as in screen_int8.
+IntGroup group_scores(const CodebookView& codebook, std::int64_t group, const std::int32_t* row, std::int32_t bias) {
+  const std::int64_t quads = (codebook.width + 3) / 4;
+  const auto* codes = reinterpret_cast<const std::int32_t*>(codebook.int8_codes) + group * quads * kGroup;
+  IntGroup even = load<IntGroup>(codebook.int8_start + group * kGroup), odd = {};
+  const auto add_dot = [&](IntGroup& acc, std::int64_t i) {
+    const IntGroup x = row[i * kLanes] - IntGroup{};
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "m"(*reinterpret_cast<const IntGroup*>(codes + i * kGroup)));
+  };
+  asm("vpdpwssd %2, %1, %0"
+      : "+v"(even)
+      : "v"(bias - IntGroup{}), "m"(*reinterpret_cast<const IntGroup*>(codebook.int8_bias + group * kGroup)));
+  std::int64_t i = 0;
+  for (; i + 2 <= quads; i += 2) {
+    add_dot(even, i);
+    add_dot(odd, i + 1);
+  }
+  if (i < quads) add_dot(even, i);
+  return even + odd;
 }
 
-// The candidates of a block, the best group of each row scored first, so that the threshold starts from a distance that
-// is known well. False when there are too many, or the last blocks had: then nothing is in `candidates`.
+inline unsigned codes_at_least(IntGroup scores, std::int32_t limit) {
+  return _mm256_cmp_epi32_mask(reinterpret_cast<__m256i>(scores), _mm256_set1_epi32(limit), _MM_CMPINT_NLT);
+}
+
+// The first of the codes with the largest score.
+inline int largest_code(IntGroup scores) {
+  const auto maximum = [](IntGroup a, IntGroup b) { return a > b ? a : b; };
+  IntGroup all = maximum(scores, __builtin_shuffle(scores, IntGroup{4, 5, 6, 7, 0, 1, 2, 3}));
+  all = maximum(all, __builtin_shuffle(all, IntGroup{2, 3, 0, 1, 6, 7, 4, 5}));
+  all = maximum(all, __builtin_shuffle(all, IntGroup{1, 0, 3, 2, 5, 4, 7, 6}));
+  return __builtin_ctz(codes_at_least(scores, all[0]));
+}
+
+// The float32 score of one code, along the dimensions. A term passes ceil(D / 8) + 4 roundings or, of the last D % 8,
+// that many and 2: never more than the D + 2 of the bound, for D of 4 and more.
+float code_score(const CodebookView& codebook, const float* row, std::int64_t code) {
+  const float* c = codebook.rows + code * codebook.row_stride;
+  const std::int64_t width = codebook.width;
+  GroupVector even = {}, odd = {};
+  std::int64_t d = 0;
+  for (; d + 2 * kGroup <= width; d += 2 * kGroup) {
+    even = subtract_product(even, load<GroupVector>(row + d), load<GroupVector>(c + d));
+    odd = subtract_product(odd, load<GroupVector>(row + d + kGroup), load<GroupVector>(c + d + kGroup));
+  }
+  if (d + kGroup <= width) {
+    even = subtract_product(even, load<GroupVector>(row + d), load<GroupVector>(c + d));
+    d += kGroup;
+  }
+  float rest = codebook.bias[code];
+  for (; d < width; ++d) rest -= row[d] * c[d];
+  GroupVector sum = even + odd;
+  sum += __builtin_shuffle(sum, IntGroup{4, 5, 6, 7, 0, 1, 2, 3});
+  sum += __builtin_shuffle(sum, IntGroup{2, 3, 0, 1, 6, 7, 4, 5});
+  return rest + (sum[0] + sum[1]);
+}
+
+// out [lanes][D] = the transpose of rows [D][lanes].
+void untranspose(const float* rows, std::int64_t width, float* out) {
+  std::int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    FloatVector block[kLanes];
+    for (int i = 0; i < kLanes; ++i) block[i] = load<FloatVector>(rows + (d + i) * kLanes);
+    transpose<FloatVector, LaneIndex, kLanes>(block);
+    for (int i = 0; i < kLanes; ++i) store(out + i * width + d, block[i]);
+  }
+  for (; d < width; ++d)
+    for (int i = 0; i < kLanes; ++i) out[i * width + d] = rows[d * kLanes + i];
+}
+
+// Finds the (group, row) pairs whose largest score reaches the threshold of the row, four groups at a time: bit
+// 16 i + l of masks[n] is row l of group 4 fours[n] + i. Without a branch, for it would be mispredicted. `maxima` has
+// room for a multiple of four groups. Returns the number of fours that have any.
+int find_hits(std::int32_t* maxima, std::int64_t groups, IntVector threshold, std::int32_t* fours,
+              std::uint64_t* masks) {
+  for (std::int64_t g = groups; g % 4 != 0; ++g) store(maxima + g * kLanes, broadcast(kExcluded));
+  const auto reached = [&](std::int64_t g) {
+    return _mm512_cmp_epi32_mask(reinterpret_cast<__m512i>(load<IntVector>(maxima + g * kLanes)),
+                                 reinterpret_cast<__m512i>(threshold), _MM_CMPINT_NLT);
+  };
+  int hits = 0;
+  for (std::int64_t g = 0; g < groups; g += 4) {
+    const __mmask32 low = _mm512_kunpackw(reached(g + 1), reached(g)),
+                    high = _mm512_kunpackw(reached(g + 3), reached(g + 2));
+    const std::uint64_t mask = _cvtmask64_u64(_mm512_kunpackd(high, low));
+    fours[hits] = static_cast<std::int32_t>(g / 4);
+    masks[hits] = mask;
+    hits += mask != 0;
+  }
+  return hits;
+}
+
+// The candidates of a block. The best code of each row is scored first, so that the threshold starts from a distance
+// that is known well; the groups that reach it are gone through code by code in int8, and the codes that reach it are
+// scored in float32. False when there are too many, or the last blocks had: then nothing is in `candidates`.
 bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const float* rows, const BlockScratch& scratch,
                      Candidates* candidates) {
   Int8Trial& trial = *scratch.trial;
@@ -158,49 +248,81 @@ bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const f
     return false;
   }
   if (bounds.norms.any_wild) return false;
-  const unsigned live = (1u << bounds.block.count) - 1;  // the rows that are there
   const auto give_up = [&] {
     candidates->clear();
     trial.penalty = trial.penalty < 32 ? 2 * trial.penalty + 1 : 63;
     trial.skip = trial.penalty;
     return false;
   };
-  const std::int64_t fifth = codebook.groups * bounds.block.count / 5;
-  const std::int64_t most = fifth < kMaxCandidates - kLanes ? fifth : kMaxCandidates - kLanes;
+  const std::int64_t most = codebook.groups * bounds.block.count / 5;
   const std::int64_t quads = (codebook.width + 3) / 4;
   const auto* codes = reinterpret_cast<const std::int32_t*>(codebook.int8_codes);
   auto* maxima = static_cast<std::int32_t*>(scratch.minima);
   Int8Rows quantised;
   quantise(codebook, rows, scratch.packed, &quantised);
+  const float* row[kLanes];
+  if (rows == bounds.block.rows && bounds.block.row) {
+    for (int l = 0; l < bounds.block.count; ++l) row[l] = bounds.block.row[l];
+  } else {
+    untranspose(rows, codebook.width, scratch.row_major);
+    for (int l = 0; l < kLanes; ++l) row[l] = scratch.row_major + l * codebook.width;
+  }
+  const auto note = [&](int lane, std::int64_t code) {
+    candidates->note(lane, code);
+    const char* start = reinterpret_cast<const char*>(codebook.rows + code * codebook.row_stride);
+    const std::int64_t bytes = codebook.width * 4;
+    for (std::int64_t b = 0; b < bytes && b < 1024; b += 64) __builtin_prefetch(start + b);
+  };
+  const auto score = [&](int lane, std::int64_t code) { return code_score(codebook, row[lane], code); };
+
   const IntVector row_bias = load<IntVector>(quantised.bias);
   Best best = {broadcast(kExcluded), broadcast(-1)};
   std::int32_t best_group[kLanes];
   for (std::int32_t& group : best_group) group = -1;
+  std::int64_t pairs = 0;
   for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
     const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
     screen_int8(codes + first * quads * kGroup, codebook.int8_start + first * kGroup,
                 codebook.int8_bias + first * kGroup, groups, quads, scratch.packed, row_bias, maxima, first, &best);
-    if (candidates->count() > most) return give_up();
+    if (!candidates->room_for(kLanes * kGroup)) return give_up();
+
     std::int32_t found[kLanes];
+    IntGroup found_scores[kLanes];
+    unsigned others[kLanes];  // of the best group, all codes but the best
     store(found, best.group);
     for (int l = 0; l < bounds.block.count; ++l) {
+      others[l] = 0;
       if (found[l] == best_group[l]) continue;  // no better one in this chunk
       best_group[l] = found[l];
-      candidates->add(l, found[l]);
+      found_scores[l] = group_scores(codebook, found[l], scratch.packed + l, quantised.bias[l]);
+      const int j = largest_code(found_scores[l]);
+      others[l] = 0xffu & ~(1u << j);
+      note(l, std::int64_t{kGroup} * found[l] + j);
+      maxima[(found[l] - first) * kLanes + l] = kExcluded;  // dealt with here
     }
-    candidates->score();
+    candidates->score(score);
     std::int32_t limits[kLanes];
     int8_thresholds(codebook, bounds, quantised, candidates->best(), limits);
-    const IntVector threshold = load<IntVector>(limits);
-    for (std::int64_t g = 0; g < groups; ++g) {
-      unsigned lanes = live & lanes_at_least(maxima + g * kLanes, threshold);
-      for (; lanes; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        if (best_group[lane] == first + g) continue;
-        if (candidates->count() >= most) return give_up();
-        candidates->add(lane, first + g);
+    for (int l = 0; l < bounds.block.count; ++l) {
+      if (!others[l]) continue;
+      for (unsigned near = others[l] & codes_at_least(found_scores[l], limits[l]); near; near &= near - 1)
+        note(l, std::int64_t{kGroup} * found[l] + __builtin_ctz(near));
+    }
+
+    const int hits = find_hits(maxima, groups, load<IntVector>(limits), scratch.fours, scratch.masks);
+    for (int i = 0; i < hits; ++i) pairs += __builtin_popcountll(scratch.masks[i]);
+    if (pairs > most) return give_up();
+    for (int i = 0; i < hits; ++i) {
+      for (std::uint64_t mask = scratch.masks[i]; mask; mask &= mask - 1) {
+        const int bit = __builtin_ctzll(mask), lane = bit % kLanes;
+        const std::int64_t group = first + 4 * std::int64_t{scratch.fours[i]} + bit / kLanes;
+        const IntGroup scores = group_scores(codebook, group, scratch.packed + lane, quantised.bias[lane]);
+        if (!candidates->room_for(kGroup)) return give_up();
+        for (unsigned near = codes_at_least(scores, limits[lane]); near; near &= near - 1)
+          note(lane, group * kGroup + __builtin_ctz(near));
       }
     }
+    candidates->score(score);
   }
   trial.penalty = 0;
   return true;

@@ -13,6 +13,7 @@ namespace {
 struct Stage {
   Rows codes;
   std::shared_ptr<const PackedCodebook> packed;
+  CodebookView view;
 };
 
 // All stages of a block of rows while it is in cache. `losses` gets the sums of squared differences, a stage each.
@@ -23,26 +24,42 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
   std::vector<double> partial(row_tasks(x.count) * stage_count, 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, width, stages[0].packed->view().groups);
-    const int lanes = block.lanes();
-    std::vector<Working> sum(width * lanes);
+    BlockSearch<Working> block(kernel, width, stages[0].view.groups);
+    std::vector<Working> residuals(width * block.lanes()), sums(width * block.lanes());
+    const Rows residual_rows = dense_rows(residuals.data(), block.lanes(), width);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
-      for_each_block(task, x.count, lanes, [&](std::int64_t first, int count) {
-        block.load(x, first, count);
-        Working* residual = block.rows();
+      for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
+        dispatch(x.dtype, [&](auto* type) {
+          using X = std::remove_pointer_t<decltype(type)>;
+          for (int l = 0; l < count; ++l) {
+            const X* row = x.row<X>(first + l);
+            for (std::int64_t d = 0; d < width; ++d)
+              residuals[l * width + d] = static_cast<Working>(widen(row[d * x.step]));
+          }
+        });
         for (std::int64_t q = 0; q < stage_count; ++q) {
           const Rows& codes = stages[q].codes;
-          block.nearest(stages[q].packed->view(), count, true, false, &nearest);
+          block.load(residual_rows, 0, count);
+          block.nearest(stages[q].view, count, true, false, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);
+              Working* residual = residuals.data() + l * width;
+              Working* sum = sums.data() + l * width;
               indices[(first + l) * stage_count + q] = nearest.index[l];
-              partial[task * stage_count + q] += squared_distance(residual + l, lanes, code, codes.step, width);
-              for (std::int64_t d = 0; d < width; ++d) {
-                const Working c = static_cast<Working>(widen(code[d * codes.step]));
-                residual[d * lanes + l] -= c;
-                sum[d * lanes + l] = q == 0 ? c : sum[d * lanes + l] + c;
+              partial[task * stage_count + q] += squared_distance(residual, 1, code, codes.step, width);
+              const auto subtract = [&](std::int64_t step) {
+                for (std::int64_t d = 0; d < width; ++d) {
+                  const Working c = static_cast<Working>(widen(code[d * step]));
+                  residual[d] -= c;
+                  sum[d] = q == 0 ? c : sum[d] + c;
+                }
+              };
+              if (codes.step == 1) {  // known to the compiler: vectorised
+                subtract(1);
+              } else {
+                subtract(codes.step);
               }
             }
           });
@@ -50,8 +67,7 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
         dispatch(x.dtype, [&](auto* type) {
           using X = std::remove_pointer_t<decltype(type)>;
           X* out = static_cast<X*>(quantized) + first * width;
-          for (int l = 0; l < count; ++l)
-            for (std::int64_t d = 0; d < width; ++d) out[l * width + d] = narrow<X>(sum[d * lanes + l]);
+          for (std::int64_t i = 0; i < count * width; ++i) out[i] = narrow<X>(sums[i]);
         });
       });
     }
@@ -79,7 +95,9 @@ void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Met
     std::vector<Stage> stages;
     for (std::int64_t q = 0; q < stage_count; ++q) {
       const Rows codes = head_codebooks.select(0, q).rows();
-      stages.push_back({codes, packed_codebook(codes, metric, !is_double, threads)});
+      auto packed = packed_codebook(codes, metric, !is_double, threads);
+      const CodebookView view = packed->view(codes);
+      stages.push_back({codes, std::move(packed), view});
     }
     char* out = static_cast<char*>(quantized) + h * rows.count * rows.width * element_bytes(x.dtype);
     dispatch_working(is_double, [&](auto* type) {
@@ -122,13 +140,7 @@ void backward_head(const Rows& gradients, const double* scales, const Rows& x, c
       for (std::int64_t d = 0; d < width; ++d) gradient[n * width + d] = widen(incoming[d * gradients.step]);
     });
   });
-  Tensor flat;
-  flat.data = residual.data();
-  flat.dtype = std::is_same_v<Working, double> ? DType::kFloat64 : DType::kFloat32;
-  flat.dims = 2;
-  flat.sizes[0] = rows;
-  flat.sizes[1] = flat.strides[0] = width;
-  flat.strides[1] = 1;
+  const Rows residual_rows = dense_rows(residual.data(), rows, width);
   for (std::int64_t q = 0; q < stage_count; ++q) {
     const Rows codes = codebooks.select(0, q).rows();
     for (std::int64_t n = 0; n < rows; ++n) stage_indices[n] = indices[n * stage_count + q];
@@ -136,7 +148,7 @@ void backward_head(const Rows& gradients, const double* scales, const Rows& x, c
       using Code = std::remove_pointer_t<decltype(type)>;
       if (grad_codebooks) {
         Code* out = reinterpret_cast<Code*>(grad_codebooks) + q * codes.count * width;
-        sum_differences(flat.rows(), codes, stage_indices.data(), nullptr, -scales[q], out, threads);
+        sum_differences(residual_rows, codes, stage_indices.data(), nullptr, -scales[q], out, threads);
       }
       for_each_row([&](std::int64_t n) {
         const Code* code = codes.row<Code>(stage_indices[n]);

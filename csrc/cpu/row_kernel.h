@@ -10,16 +10,17 @@ namespace fastvq {
 
 constexpr int kMaxLanes = 16;                 // the widest block of rows of any instruction set
 constexpr std::int64_t kScreenGroups = 2048;  // groups screened before candidates are taken: bounds the scratch
-constexpr int kMaxCandidates = 512;           // (row, group) pairs of a block that are kept to be scored in float32
+constexpr int kMaxCandidates = 1024;          // (row, code) pairs of a block that are kept with their float32 scores
 
 constexpr int kMaxKernels = 4;
 
 struct RowBlock {
-  bool is_double = false;      // what `rows` points to: double or float
-  const void* rows = nullptr;  // [D][lanes]; lanes past `count` are zero
-  int count = 0;               // rows that are there
-  bool certify = true;         // false: the best screened code is taken as it is (precision="fast")
-  bool want_value = false;     // fill Nearest::value
+  bool is_double = false;             // what `rows` points to: double or float
+  const void* rows = nullptr;         // [D][lanes]; lanes past `count` are zero
+  const float* const* row = nullptr;  // [count], each D floats, the same rows where they lie; null where they do not
+  int count = 0;                      // rows that are there
+  bool certify = true;                // false: the best screened code is taken as it is (precision="fast")
+  bool want_value = false;            // fill Nearest::value
 };
 
 // When int8 screening leaves too many candidates, the next blocks are spared the attempt, and more after each failure.
@@ -31,11 +32,14 @@ struct Int8Trial {
 // One a thread; pointers are aligned to 64 bytes.
 struct BlockScratch {
   float* centred = nullptr;        // [D][lanes]
-  void* minima = nullptr;          // [min(groups, kScreenGroups)][lanes], of float or int32
+  void* minima = nullptr;          // [min(groups, kScreenGroups), up to a multiple of 4][lanes], of float or int32
   std::int32_t* packed = nullptr;  // [ceil(D / 4)][lanes], four int8 each; null without int8 screening
-  int* lane = nullptr;             // [kMaxCandidates]
-  std::int64_t* group = nullptr;   // [kMaxCandidates]
-  float* scores = nullptr;         // [kMaxCandidates][8]
+  float* row_major = nullptr;      // [lanes][D]; null without int8 screening
+  std::int32_t* fours = nullptr;   // [ceil(min(groups, kScreenGroups) / 4)], and so long is:
+  std::uint64_t* masks = nullptr;
+  int* lane = nullptr;           // [kMaxCandidates]
+  std::int64_t* code = nullptr;  // [kMaxCandidates]
+  float* score = nullptr;        // [kMaxCandidates]
   Int8Trial* trial = nullptr;
 };
 

@@ -224,90 +224,76 @@ void rescore_all(const CodebookView& codebook, const RowBlock& block, Nearest* n
   for (int l = 0; l < block.count; ++l) exact.finish(l, nearest);
 }
 
-// ---- candidates: groups that the screen could not rule out ----
+// ---- candidates: codes that the screen could not rule out ----
 
-// Scores of single codes in float32, for a few (row, group) pairs: most rows are decided by them alone.
+// Codes of the rows of a block with their float32 scores: most rows are decided by these alone.
 class Candidates {
  public:
-  Candidates(const CodebookView& codebook, const float* rows, const BlockScratch& scratch)
-      : codebook_(codebook), rows_(rows), scratch_(scratch) {
+  explicit Candidates(const BlockScratch& scratch) : scratch_(scratch) {
     for (float& best : best_) best = kInfinity;
   }
 
   int count() const { return count_; }
-  bool full() const { return count_ == kMaxCandidates; }
-  void add(int lane, std::int64_t group) {
+  bool room_for(int more) const { return count_ + more <= kMaxCandidates; }
+  // A code to be scored later: by then its memory may have arrived.
+  void note(int lane, std::int64_t code) {
     scratch_.lane[count_] = lane;
-    scratch_.group[count_++] = group;
+    scratch_.code[count_++] = code;
+  }
+  void add(int lane, std::int64_t code, float score) {
+    note(lane, code);
+    keep(score);
+  }
+  // Scores the codes that were noted, by score_of(lane, code).
+  template <class Score>
+  void score(const Score& score_of) {
+    while (scored_ < count_) keep(score_of(scratch_.lane[scored_], scratch_.code[scored_]));
   }
   void clear() {
     count_ = scored_ = 0;
     for (float& best : best_) best = kInfinity;
   }
 
-  // For each row, the smallest float32 score of its pairs that were scored.
+  // For each row, the smallest score of its codes.
   const float* best() const { return best_; }
 
-  void score() {
-    for (; scored_ < count_; scored_ += kTogether) {
-      const float* x[kTogether];
-      const float* c[kTogether];
-      GroupVector s[kTogether];
-      const int left = count_ - scored_ < kTogether ? count_ - scored_ : kTogether;
-      for (int p = 0; p < kTogether; ++p) {
-        const int i = scored_ + (p < left ? p : 0);
-        x[p] = rows_ + scratch_.lane[i];
-        c[p] = codebook_.screen + scratch_.group[i] * codebook_.width * kGroup;
-        s[p] = load<GroupVector>(codebook_.bias + scratch_.group[i] * kGroup);
-      }
-      for (std::int64_t d = 0; d < codebook_.width; ++d)
-        for (int p = 0; p < kTogether; ++p)
-          s[p] = subtract_product(s[p], x[p][d * kLanes] - GroupVector{}, load<GroupVector>(c[p] + d * kGroup));
-      for (int p = 0; p < left; ++p) {
-        store(scratch_.scores + (scored_ + p) * kGroup, s[p]);
-        float& best = best_[scratch_.lane[scored_ + p]];
-        const float least = smallest(s[p]);
-        best = least < best ? least : best;
-      }
-      if (left < kTogether) {
-        scored_ = count_;
-        return;
-      }
-    }
-  }
-
-  // Hands every pair to the exact re-score.
+  // Hands every code to the exact re-score.
   template <class Exact>
   void all_exact(Exact* exact) {
-    for (int i = 0; i < count_; ++i) exact->add(scratch_.lane[i], scratch_.group[i]);
+    for (int i = 0; i < count_; ++i) exact->add(scratch_.lane[i], scratch_.code[i] / kGroup);
     count_ = scored_ = 0;
   }
 
-  // Decides the rows by their only code up to `threshold`, and hands the groups of the others to the exact re-score,
+  // Decides the rows by their only code up to `threshold`, and hands the codes of the others to the exact re-score,
   // those of all rows when the value of the distance is wanted. decided[lane] tells which.
   template <class Exact>
   void decide(const float* threshold, bool want_value, Exact* exact, Nearest* nearest, bool* decided) const {
     int codes[kLanes] = {};
     for (int i = 0; i < count_; ++i) {
       const int lane = scratch_.lane[i];
-      const unsigned near = group_not_above(scratch_.scores + i * kGroup, threshold[lane]);
-      if (!near) continue;
-      codes[lane] += __builtin_popcount(near);
-      nearest->index[lane] = scratch_.group[i] * kGroup + __builtin_ctz(near);
+      const bool near = scratch_.score[i] <= threshold[lane];
+      codes[lane] += near;
+      nearest->index[lane] = near ? scratch_.code[i] : nearest->index[lane];
     }
-    for (int l = 0; l < kLanes; ++l) decided[l] = codes[l] == 1 && !want_value;
+    bool all = true;
+    for (int l = 0; l < kLanes; ++l) {
+      decided[l] = codes[l] == 1 && !want_value;
+      all &= decided[l];
+    }
+    if (all) return;
     for (int i = 0; i < count_; ++i) {
       const int lane = scratch_.lane[i];
-      if (decided[lane] || !group_not_above(scratch_.scores + i * kGroup, threshold[lane])) continue;
-      exact->add(lane, scratch_.group[i]);
+      if (!decided[lane] && scratch_.score[i] <= threshold[lane]) exact->add(lane, scratch_.code[i] / kGroup);
     }
   }
 
  private:
-  static constexpr int kTogether = 4;  // pairs whose sums run side by side, to hide the latency of the FMAs
+  void keep(float score) {
+    float& best = best_[scratch_.lane[scored_]];
+    scratch_.score[scored_++] = score;
+    best = score < best ? score : best;
+  }
 
-  const CodebookView& codebook_;
-  const float* rows_;
   const BlockScratch& scratch_;
   float best_[kLanes];
   int count_ = 0;
@@ -351,12 +337,76 @@ struct Bounds {
 namespace fastvq {
 namespace {
 
-// Screens all codes in float32. Candidates past what is kept go to the exact re-score; returns whether any did.
+// The float32 scores of (row, group) pairs, a few at a time to hide the latency of the FMAs: the same sums as in
+// screen(). Codes up to the limit of their row become candidates.
+template <class Exact>
+class GroupScores {
+ public:
+  GroupScores(const CodebookView& codebook, const float* rows, Candidates* candidates, Exact* exact)
+      : codebook_(codebook), rows_(rows), candidates_(candidates), exact_(exact) {}
+
+  void add(int lane, std::int64_t group, float limit) {
+    lane_[pending_] = lane;
+    group_[pending_] = group;
+    limit_[pending_] = limit;
+    if (++pending_ == kTogether) flush();
+  }
+
+  // Whether candidates past what is kept had to go to the exact re-score: then all must.
+  bool finish() {
+    flush();
+    return spilled_;
+  }
+
+ private:
+  static constexpr int kTogether = 4;
+
+  void flush() {
+    if (pending_ == 0) return;
+    const float* x[kTogether];
+    const float* c[kTogether];
+    GroupVector s[kTogether];
+    for (int p = 0; p < kTogether; ++p) {
+      const int i = p < pending_ ? p : 0;
+      x[p] = rows_ + lane_[i];
+      c[p] = codebook_.screen + group_[i] * codebook_.width * kGroup;
+      s[p] = load<GroupVector>(codebook_.bias + group_[i] * kGroup);
+    }
+    for (std::int64_t d = 0; d < codebook_.width; ++d)
+      for (int p = 0; p < kTogether; ++p)
+        s[p] = subtract_product(s[p], x[p][d * kLanes] - GroupVector{}, load<GroupVector>(c[p] + d * kGroup));
+    if (!candidates_->room_for(kTogether * kGroup)) {
+      candidates_->all_exact(exact_);
+      spilled_ = true;
+    }
+    for (int p = 0; p < pending_; ++p) {
+      float scores[kGroup];
+      store(scores, s[p]);
+      for (unsigned near = group_not_above(scores, limit_[p]); near; near &= near - 1) {
+        const int j = __builtin_ctz(near);
+        candidates_->add(lane_[p], group_[p] * kGroup + j, scores[j]);
+      }
+    }
+    pending_ = 0;
+  }
+
+  const CodebookView& codebook_;
+  const float* rows_;
+  Candidates* candidates_;
+  Exact* exact_;
+  int pending_ = 0;
+  bool spilled_ = false;
+  int lane_[kTogether];
+  std::int64_t group_[kTogether];
+  float limit_[kTogether];
+};
+
+// Screens all codes in float32. Returns whether candidates had to go to the exact re-score for want of room.
 template <class Exact>
 bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const float* rows,
                       const BlockScratch& scratch, Candidates* candidates, Exact* exact) {
   FloatVector best = broadcast(kInfinity);
-  bool spilled = false;
+  GroupScores<Exact> scores(codebook, rows, candidates, exact);
   float* minima = static_cast<float*>(scratch.minima);
   for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
     const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
@@ -369,15 +419,12 @@ bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const 
     for (std::int64_t g = 0; g < groups; ++g) {
       unsigned lanes = not_above(load<FloatVector>(minima + g * kLanes), threshold);
       for (; lanes; lanes &= lanes - 1) {
-        if (candidates->full()) {
-          candidates->all_exact(exact);
-          spilled = true;
-        }
-        candidates->add(__builtin_ctz(lanes), first + g);
+        const int lane = __builtin_ctz(lanes);
+        scores.add(lane, first + g, limits[lane]);
       }
     }
   }
-  return spilled;
+  return scores.finish();
 }
 
 template <bool kDot>
@@ -387,7 +434,7 @@ void screened_nearest(const CodebookView& codebook, const RowBlock& block, const
   const float* rows = centre(codebook, block, scratch.centred, &norms);
   const Bounds bounds{certificate, norms, block, !kDot};
   Rescore<kDot, float, float> exact(codebook, block);
-  Candidates candidates(codebook, rows, scratch);
+  Candidates candidates(scratch);
   bool decided[kLanes] = {};
   bool spilled = false;
 #if defined(__AVX512VNNI__)
@@ -397,7 +444,6 @@ void screened_nearest(const CodebookView& codebook, const RowBlock& block, const
   if (spilled) {
     candidates.all_exact(&exact);
   } else {
-    candidates.score();
     float threshold[kLanes];
     bounds.thresholds(candidates.best(), threshold);
     candidates.decide(threshold, block.want_value, &exact, nearest, decided);

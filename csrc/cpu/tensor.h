@@ -110,6 +110,20 @@ struct Rows {
   }
 };
 
+// Rows of float or double that lie one after another.
+template <class Working>
+inline Rows dense_rows(Working* data, std::int64_t count, std::int64_t width) {
+  Rows r;
+  r.data = data;
+  r.dtype = sizeof(Working) == 8 ? DType::kFloat64 : DType::kFloat32;
+  r.count = count;
+  r.width = width;
+  r.dims = 1;
+  r.sizes[0] = count;
+  r.strides[0] = width;
+  return r;
+}
+
 // A tensor as it comes from torch.
 struct Tensor {
   void* data = nullptr;

@@ -36,17 +36,17 @@ std::int64_t counted_rows(const std::uint8_t* mask, std::int64_t rows) {
 
 // Returns the sum of the squared differences of the unmasked rows.
 template <class Working, class X, class Code>
-double quantize_head(const Rows& x, const Rows& codes, const PackedCodebook& codebook, const std::uint8_t* mask,
+double quantize_head(const Rows& x, const Rows& codes, const CodebookView& codebook, const std::uint8_t* mask,
                      X* quantized, std::int64_t* indices, int threads) {
   const RowKernel& kernel = row_kernel();
   std::vector<double> partial(row_tasks(x.count), 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, x.width, codebook.view().groups);
+    BlockSearch<Working> block(kernel, x.width, codebook.groups);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
         block.load(x, first, count);
-        block.nearest(codebook.view(), count, true, false, &nearest);
+        block.nearest(codebook, count, true, false, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first + l;
           const Code* code = codes.row<Code>(nearest.index[l]);
@@ -82,8 +82,9 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
       using X = std::remove_pointer_t<decltype(x_type)>;
       using Code = std::remove_pointer_t<decltype(code_type)>;
       using Working = std::conditional_t<std::is_same_v<X, double>, double, float>;
-      total += quantize_head<Working, X, Code>(
-          rows, codes, *packed, head_mask, static_cast<X*>(quantized) + first * rows.width, indices + first, threads);
+      total +=
+          quantize_head<Working, X, Code>(rows, codes, packed->view(codes), head_mask,
+                                          static_cast<X*>(quantized) + first * rows.width, indices + first, threads);
     });
   }
   const double elements = static_cast<double>(std::max<std::int64_t>(1, counted * x.sizes[x.dims - 1]));
