@@ -2,12 +2,34 @@
 
 from fastvq.backends.select import BackendUnavailableError, use_backend
 from fastvq.functional import code_sums, ema_update_, residual_quantize, search, vector_quantize
-from fastvq.nn import VectorQuantize
+from fastvq.nn import (
+    FSP,
+    FSQ,
+    LFQ,
+    BinaryMapper,
+    EvoLFQ,
+    GroupedResidualFSQ,
+    GroupedResidualLFQ,
+    LatentQuantize,
+    ResidualFSQ,
+    ResidualLFQ,
+    VectorQuantize,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FSP",
+    "FSQ",
+    "LFQ",
     "BackendUnavailableError",
+    "BinaryMapper",
+    "EvoLFQ",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
+    "LatentQuantize",
+    "ResidualFSQ",
+    "ResidualLFQ",
     "VectorQuantize",
     "code_sums",
     "ema_update_",

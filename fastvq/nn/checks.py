@@ -55,3 +55,20 @@ def layout(name: str, value: Tensor, dims: int, channel: int, channels: int, wan
     """ValueError unless there are `dims` dimensions, and `channels` in dimension `channel`."""
     if value.dim() != dims or value.shape[channel] != channels:
         raise ValueError(f"{name} must have shape {wanted}, with dim = {channels}; got {tuple(value.shape)}")
+
+
+def keep_codebooks_dim(value: bool | None, num_codebooks: int) -> bool:
+    """What keep_num_codebooks_dim means: None asks whether there are several; ValueError for False when there are."""
+    if num_codebooks > 1 and value is not None and not value:
+        raise ValueError(f"keep_num_codebooks_dim must be True with num_codebooks = {num_codebooks}; got {value}")
+    return num_codebooks > 1 if value is None else value
+
+
+def token_mask(mask: object, places: tuple[int, ...]) -> Tensor:
+    """A bool mask of the tokens at (B, ...), or of them as (B, N), flattened to (B * N,)."""
+    tensor("mask", mask)
+    assert isinstance(mask, Tensor)
+    dtype("mask", mask, (torch.bool,))
+    if tuple(mask.shape) not in (tuple(places), (*places[:1], math.prod(places[1:]))):
+        raise ValueError(f"mask must have shape {tuple(places)}; got {tuple(mask.shape)}")
+    return mask.flatten()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from fastvq.nn.straight_through import straight_through
+
 
 def world_size() -> int:
     """The number of processes; 1 without a process group."""
@@ -36,3 +38,15 @@ def take_turns(drawn: Tensor, served: Tensor, *, shared: bool = True) -> tuple[T
     served = served & (turn == distributed.get_rank())
     drawn = all_reduce_(drawn.masked_fill(~served.unsqueeze(-1), 0.0))
     return drawn, all_reduce_(served.to(drawn.dtype)) > 0
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean over the processes, with the gradient of this process's own `tensor`.
+
+    That is the gradient of a loss on the mean, once the gradients of the processes have been averaged, as
+    DistributedDataParallel does.
+    """
+    processes = world_size()
+    if processes == 1:
+        return tensor
+    return straight_through(tensor, all_reduce_(tensor.detach().clone()) / processes)
