@@ -98,7 +98,7 @@ MEASURE = """
 import sys
 import torch
 import fastvq
-from fastvq.cli.bench import _status_kib
+from fastvq.measure.memory import peak_mib
 
 torch.set_num_threads(2)
 rows, bits = map(int, sys.argv[1:])
@@ -112,11 +112,7 @@ def step(rows, bits):
     return call
 
 step(16, 6)()
-call = step(rows, bits)
-before = _status_kib("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-call()
-print((_status_kib("VmHWM") - before) / 1024)
+print(peak_mib(step(rows, bits)))
 """
 
 
