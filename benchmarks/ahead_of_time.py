@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +47,15 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget(device.backend, int(arch[3:]) if device.backend == "cuda" else arch, device.warp_size)
 
 
+@functools.cache
+def _binder(arch: str, kernel: JITFunction) -> tuple[Any, Callable[..., Any]]:
+    backend = make_backend(target_of(arch))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 def specialise(arch: str, kernel: JITFunction, *arguments: Any, **options: Any) -> Launch:
     """The compilation that Triton would do for a launch with these arguments on `arch`."""
-    backend = make_backend(target_of(arch))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    backend, bind = _binder(arch, kernel)
     bound, specialisation, chosen = bind(*arguments, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialisation, chosen)
     return Launch(
