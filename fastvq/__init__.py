@@ -11,8 +11,11 @@ from fastvq.nn import (
     GroupedResidualFSQ,
     GroupedResidualLFQ,
     LatentQuantize,
+    RandomProjectionQuantizer,
     ResidualFSQ,
     ResidualLFQ,
+    ResidualSimVQ,
+    SimVQ,
     VectorQuantize,
 )
 
@@ -28,8 +31,11 @@ __all__ = [
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "LatentQuantize",
+    "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
+    "ResidualSimVQ",
+    "SimVQ",
     "VectorQuantize",
     "code_sums",
     "ema_update_",

@@ -6,8 +6,10 @@ from fastvq.nn.fsp import FSP
 from fastvq.nn.fsq import FSQ
 from fastvq.nn.latent_quantize import LatentQuantize
 from fastvq.nn.lfq import LFQ
+from fastvq.nn.random_projection import RandomProjectionQuantizer
 from fastvq.nn.residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from fastvq.nn.residual_lfq import GroupedResidualLFQ, ResidualLFQ
+from fastvq.nn.sim_vq import ResidualSimVQ, SimVQ
 from fastvq.nn.vector_quantize import VectorQuantize
 
 __all__ = [
@@ -19,7 +21,10 @@ __all__ = [
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "LatentQuantize",
+    "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
+    "ResidualSimVQ",
+    "SimVQ",
     "VectorQuantize",
 ]

@@ -30,6 +30,8 @@ MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "GroupedResidualLFQ": ("GroupedResidualLFQ", BITS | {"num_quantizers": 1, "groups": 2}, {}),
     "FSP": ("FSP", LEVELS | {"quantize_rate": 0.5}, {}),
     "BinaryMapper": ("BinaryMapper", {"bits": 6}, {"return_indices": True}),
+    "SimVQ": ("SimVQ", {"dim": 6, "codebook_size": 13}, {}),
+    "ResidualSimVQ": ("ResidualSimVQ", {"dim": 6, "codebook_size": 13, "num_quantizers": 2}, {}),
     "LatentQuantize": ("LatentQuantize", {"levels": [8, 5, 5], "dim": 3}, {}),
 }
 RANDOM = {"FSP", "BinaryMapper", "ResidualFSQ dropout", "ResidualLFQ dropout", "LFQ sampled"}
