@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest
 
-# The long checks: ten million rows against the reference, tens of thousands of fuzzed cases under sanitizers.
+# The long checks: ten million rows against the reference.
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest --soak -m soak --timeout 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -46,6 +47,6 @@ def rows_of(x: Tensor, per_head: bool) -> Rows:
 
 
 @triton.jit
-def row_offsets(rows: Any, inner: Any, outer: Any, step: Any) -> Any:
+def row_offsets(rows: tl.tensor, inner: tl.tensor, outer: tl.tensor, step: tl.tensor) -> Any:
     """Where int64 `rows` start, in elements."""
     return (rows // inner) * outer + (rows % inner) * step

@@ -1,8 +1,11 @@
-// Searches that are built to go wrong, compared with plain loops in float64: `driver chunks` more codes than are
-// screened at once, `driver bound` rows that only the full bound gets right. Exits with 1 and a line a failure.
+// Runs the CPU operators under sanitizers on ragged, strided, extreme data, and compares what they give with plain
+// loops in float64. `driver random SEED COUNT` draws cases; `driver bound` runs rows that only the full bound gets
+// right. Exits with 1 and a line a failure.
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -49,6 +52,20 @@ struct Matrix {
   }
 };
 
+Tensor flat(void* data, std::vector<std::int64_t> sizes, DType dtype = DType::kFloat32) {
+  Tensor t;
+  t.data = data;
+  t.dtype = dtype;
+  t.dims = static_cast<int>(sizes.size());
+  std::int64_t stride = 1;
+  for (int d = t.dims - 1; d >= 0; --d) {
+    t.sizes[d] = sizes[d];
+    t.strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return t;
+}
+
 double distance(const Matrix& x, std::int64_t n, const Matrix& c, std::int64_t k, Metric metric) {
   double total = 0;
   for (std::int64_t d = 0; d < x.width; ++d) {
@@ -79,7 +96,8 @@ std::int64_t canonical(const Matrix& x, std::int64_t n, const Matrix& c, Metric 
 
 std::vector<std::int64_t> found(Matrix& x, Matrix& c, Metric metric, int threads) {
   std::vector<std::int64_t> indices(x.rows, -1);
-  search(x.tensor(), c.tensor(), false, metric, true, indices.data(), Tensor(), threads);
+  std::vector<float> distances(x.rows);
+  search(x.tensor(), c.tensor(), false, metric, true, indices.data(), flat(distances.data(), {x.rows}), threads);
   return indices;
 }
 
@@ -91,6 +109,76 @@ void compare(Matrix& x, Matrix& c, Metric metric, int threads, const std::string
       return fail(what + ", row " + std::to_string(n) + ": index " + std::to_string(indices[n]) + ", want " +
                   std::to_string(want));
   }
+}
+
+// The other operators: run for the sanitizers, with the identities that any result must satisfy.
+void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
+  const std::int64_t n = x.rows, k = c.rows, d = x.width;
+  std::vector<float> quantized(n * d), grad_x(n * d), grad_codebook(k * d), counts(k), sums(k * d), ones(n * d, 1.0f);
+  std::vector<std::int64_t> indices(n), stage_indices(n * 2);
+  std::vector<std::uint8_t> mask(n);
+  for (std::int64_t i = 0; i < n; ++i) mask[i] = i % 3 != 0;
+  float loss = 0, losses[2] = {};
+  vector_quantize(x.tensor(), c.tensor(), false, Metric::kEuclidean, 1.25, mask.data(), quantized.data(),
+                  indices.data(), flat(&loss, {}), threads);
+  vector_quantize_backward(flat(ones.data(), {n, d}), 1.0, x.tensor(), c.tensor(), false, indices.data(), mask.data(),
+                           1.0, 0.25, grad_x.data(), grad_codebook.data(), threads);
+  code_sums(x.tensor(), false, indices.data(), mask.data(), flat(counts.data(), {k}), sums.data(), threads);
+  std::vector<float> codebook(k * d, 0.5f), sizes(k, 1.0f), averages(k * d, 0.5f);
+  ema_update(flat(codebook.data(), {1, k, d}), flat(sizes.data(), {1, k}), flat(averages.data(), {1, k, d}),
+             flat(counts.data(), {1, k}), flat(sums.data(), {1, k, d}), 0.9, 1e-5, threads);
+  double counted = 0, kept = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    kept += mask[i];
+    if (indices[i] != canonical(x, i, c, Metric::kEuclidean)) return fail(what + ": index of vector_quantize");
+    for (std::int64_t j = 0; j < d; ++j)
+      if (std::memcmp(&quantized[i * d + j], &c.at(indices[i], j), sizeof(float)) != 0)
+        return fail(what + ": quantized is not the code");
+  }
+  for (float count : counts) counted += count;
+  if (counted != kept) fail(what + ": counts");
+  std::vector<float> both(2 * k * d);
+  for (std::int64_t i = 0; i < k * d; ++i) both[i] = both[k * d + i] = c.at(i / d, i % d);
+  residual_quantize(x.tensor(), flat(both.data(), {2, k, d}), false, Metric::kEuclidean, quantized.data(),
+                    stage_indices.data(), flat(losses, {2}), threads);
+  const double grad_losses[2] = {1.0, 0.5};
+  std::vector<float> grad_codebooks(2 * k * d);
+  residual_quantize_backward(flat(ones.data(), {n, d}), grad_losses, x.tensor(), flat(both.data(), {2, k, d}), false,
+                             stage_indices.data(), grad_x.data(), grad_codebooks.data(), threads);
+  for (std::int64_t i = 0; i < n; ++i)
+    if (stage_indices[2 * i] != indices[i]) return fail(what + ": first stage");
+}
+
+void random_case(std::mt19937_64& random) {
+  const auto draw = [&](std::int64_t low, std::int64_t high) {
+    return std::uniform_int_distribution<std::int64_t>(low, high)(random);
+  };
+  const std::int64_t widths[] = {1, 2, 3, 7, 8, 16, 31, 64, 129}, sizes[] = {1, 2, 7, 8, 9, 64, 100, 257};
+  const std::int64_t n = draw(0, 150), d = widths[draw(0, 8)], k = sizes[draw(0, 7)];
+  const int family = static_cast<int>(draw(0, 7)), threads = static_cast<int>(draw(1, 4));
+  Matrix x(n, d, draw(1, 2), draw(0, 3)), c(k, d, draw(1, 2), draw(0, 3));
+  std::normal_distribution<float> normal;
+  const float scales[] = {1, 1, 1e30f, 1e-40f, 1, 3, 1, 1};
+  const auto value = [&] {
+    float v = normal(random) * scales[family];
+    if (family == 1) v += 10;
+    if (family == 5) v = std::round(v);
+    return v;
+  };
+  for (std::int64_t i = 0; i < n; ++i)
+    for (std::int64_t j = 0; j < d; ++j) x.at(i, j) = value();
+  for (std::int64_t i = 0; i < k; ++i)
+    for (std::int64_t j = 0; j < d; ++j) c.at(i, j) = family == 4 && i > 0 ? c.at(0, j) : value();
+  if (family == 6 && n > 0) x.at(draw(0, n - 1), draw(0, d - 1)) = std::numeric_limits<float>::quiet_NaN();
+  if (family == 6) c.at(draw(0, k - 1), draw(0, d - 1)) = std::numeric_limits<float>::infinity();
+  if (family == 7)
+    for (std::int64_t i = 1; i < k; ++i)
+      for (std::int64_t j = 0; j < d; ++j) c.at(i, j) = c.at(0, j) * (1 + 1e-7f * normal(random));
+  const std::string what = "family " + std::to_string(family) + ", N " + std::to_string(n) + ", K " +
+                           std::to_string(k) + ", D " + std::to_string(d) + ", threads " + std::to_string(threads);
+  compare(x, c, Metric::kEuclidean, threads, what);
+  compare(x, c, Metric::kDot, threads, what + ", dot");
+  if (family != 6) run_layer(x, c, threads, what);
 }
 
 // More codes than are screened at once, in an order that makes each chunk better than the last, with near ties at the
@@ -157,15 +245,17 @@ void int8_bound_case() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string what = argc == 2 ? argv[1] : "";
-  if (what == "chunks") {
-    std::mt19937_64 random(0);
-    for (float spread : {0.0f, 1.0f, 30.0f}) chunked_case(random, spread);
-  } else if (what == "bound") {
+  if (argc == 4 && !std::strcmp(argv[1], "random")) {
+    std::mt19937_64 random(std::strtoull(argv[2], nullptr, 10));
+    for (int i = 0; i < std::atoi(argv[3]); ++i) random_case(random);
+    chunked_case(random, 0);
+    chunked_case(random, 1);
+    chunked_case(random, 30);
+  } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
     int8_bound_case();
   } else {
-    std::printf("usage: driver chunks|bound\n");
+    std::printf("usage: driver random SEED COUNT | driver bound\n");
     return 2;
   }
   std::printf("%s: %d failures\n", row_kernel().name, failures);

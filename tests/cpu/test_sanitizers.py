@@ -1,18 +1,58 @@
-"""The C++ under sanitizers, and with its bound cut down: searches in C++ that are built to go wrong."""
+"""The C++ under AddressSanitizer, UBSan and ThreadSanitizer, and with its bound cut down: a driver in C++ runs it."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from programs import VARIANTS, instruction_sets, run, setup
+
+ROOT = Path(__file__).parents[2]
+
+spec = importlib.util.spec_from_file_location("fastvq_setup", ROOT / "setup.py")
+assert spec is not None
+assert spec.loader is not None
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+VARIANTS = {
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "plain": ["-O1"],
+    "shrunk": ["-O1", "-DFASTVQ_BOUND_FACTOR=0.25"],
+}
+
+
+def build_driver(folder: Path, flags: list[str]) -> Path:
+    """The driver and csrc/cpu in one program, with extra compiler flags."""
+    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), Path(__file__).parent / "driver.cpp"]
+    return build.link_cpu(folder, folder / "driver", sources, flags, ["-pthread", "-ldl", *flags])
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: build_driver(tmp_path_factory.mktemp(name), flags) for name, flags in VARIANTS.items()}
+
+
+def run(driver: Path, *arguments: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
+    if isa is not None:
+        environment["FASTVQ_CPU_ISA"] = isa
+    return subprocess.run([str(driver), *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def instruction_sets() -> list[str]:
+    from fastvq.backends import cpu
+
+    return cpu.extension().instruction_sets()
 
 
 @pytest.mark.parametrize("variant", ["address", "thread"])
-def test_more_codes_than_are_screened_at_once(program, variant: str) -> None:
-    for isa in instruction_sets():
-        result = run(program(variant, "driver"), "chunks", isa=isa)
+def test_random_cases_under_sanitizers(drivers: dict[str, Path], variant: str) -> None:
+    for seed, isa in enumerate(instruction_sets()):
+        result = run(drivers[variant], "random", str(seed), "60", isa=isa)
         assert result.returncode == 0, result.stdout + result.stderr
         assert isa in result.stdout
 
@@ -20,17 +60,17 @@ def test_more_codes_than_are_screened_at_once(program, variant: str) -> None:
 def test_the_sanitizer_would_see_a_fault(tmp_path: Path) -> None:
     source = tmp_path / "fault.cpp"
     source.write_text("#include <vector>\nint main(int n, char**) { std::vector<float> v(n); return int(v[n + 1]); }\n")
-    compiler = setup.cpu_compiler().split()
+    compiler = build.cpu_compiler().split()
     program = tmp_path / "fault"
     subprocess.run([*compiler, *VARIANTS["address"], str(source), "-o", str(program)], check=True)
     assert "heap-buffer-overflow" in run(program).stderr
 
 
-def test_the_whole_bound_is_enough_and_a_quarter_is_not(program) -> None:
+def test_the_whole_bound_is_enough_and_a_quarter_is_not(drivers: dict[str, Path]) -> None:
     for isa in instruction_sets():
-        whole = run(program("plain", "driver"), "bound", isa=isa)
+        whole = run(drivers["plain"], "bound", isa=isa)
         assert whole.returncode == 0, whole.stdout
-        shrunk = run(program("shrunk", "driver"), "bound", isa=isa)
+        shrunk = run(drivers["shrunk"], "bound", isa=isa)
         assert shrunk.returncode == 1, shrunk.stdout
         assert "FAILED: bound, D 64, row 0: index 0, want 16" in shrunk.stdout
         if "vnni" in isa:  # the bound of the int8 screen by itself

@@ -1,0 +1,727 @@
+"""The nearest code: screen on tensor cores, certify, re-score; what is not certain is scored whole.
+
+Three kernels a call. `screen_kernel` keeps, for each row, the smallest and the second smallest screened score of every
+column of its tiles, and lists the groups of codes that may hold the winner. `rescore_kernel` scores the codes of those
+groups, in float32 with an error bound and where that leaves two of them, by the contract in float64.
+`whole_kernel` takes the rows that had too many groups from a queue and scores every code by the contract.
+docs/certified-search.md derives the bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codes import FAR, code_scale, frame_kernel, is_finite, norms, pack_codes_kernel, power_of_two, reciprocal, rounded
+from .launch import Device, device_of, launch
+from .rows import Rows, row_offsets, rows_of
+
+LISTED = tl.constexpr(4)  # groups listed a row and split; more make the row whole
+NONE = tl.constexpr(-1)
+WHOLE = tl.constexpr(-2)
+
+
+@triton.jit
+def threshold(
+    best: tl.tensor,
+    norm: tl.tensor,
+    residual: tl.tensor,
+    code_norm: tl.tensor,
+    code_residual: tl.tensor,
+    D: tl.constexpr,
+    PACKING: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    SLACK: tl.constexpr,
+) -> Any:
+    """The screened score above which no code can win, given the smallest; all lengths in units of the codes' scale.
+
+    docs/certified-search.md, "Tensor cores", step by step with the same names.
+    """
+    eta = (1.25 * D + 10) * 2.0**-23 * norm * code_norm + 2.0**-120 * D
+    canonical = D * 2.0**-49 * (norm + residual + code_norm + code_residual)
+    canonical *= norm + residual + code_norm + code_residual
+    if EUCLIDEAN:
+        eta += (D + 4) * 2.0**-25 * code_norm * code_norm
+        delta = residual + code_residual
+        squared = norm * norm + 2 * (best + eta + PACKING * tl.abs(best))
+        squared += 2.0**-21 * (norm * norm + 2 * tl.abs(best))
+        reach = tl.sqrt(tl.maximum(squared, 0.0))
+        by_distance = 2 * delta * (reach + delta)
+        by_score = (code_norm + norm + residual) * code_residual + residual * code_norm
+        by_score = 2 * by_score + code_residual * code_residual
+        width = tl.minimum(by_distance, by_score)
+    else:
+        width = 2 * (norm * code_residual + residual * (code_norm + code_residual))
+    width = SLACK * (width + canonical + 2 * eta + 2 * PACKING * tl.abs(best))
+    return best + width * (1 + 2.0**-10) + 2.0**-21 * tl.abs(best)
+
+
+@triton.jit
+def pack(scores: tl.tensor, segment: tl.tensor, BITS: tl.constexpr) -> Any:
+    """float32 scores with the segment's number in their last BITS bits: at most 2^(BITS - 23) of a score is lost."""
+    return ((scores.to(tl.int32, bitcast=True) & (-(1 << BITS))) | segment).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_rows(
+    source: tl.tensor,
+    alive: tl.tensor,
+    start: tl.tensor,
+    stride_d: tl.tensor,
+    frame_ptr: tl.tensor,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RAW: tl.constexpr,
+) -> Any:
+    """Dimensions start .. start + CHUNK of rows, float32 (float64 if they are), less the centre unless RAW."""
+    dims = start + tl.arange(0, CHUNK)
+    inside = alive[:, None] & (dims < D)[None, :]
+    values = tl.load(source[:, None] + (dims.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0)
+    if values.dtype != tl.float64:
+        values = values.to(tl.float32)
+    if not RAW:
+        values = tl.where(inside, values - tl.load(frame_ptr + dims)[None, :], 0.0)
+    return values
+
+
+@triton.jit
+def list_groups(
+    listed_ptr: tl.tensor,  # out (LISTED, N) int32 of this head and split
+    N: tl.tensor,
+    rows: tl.tensor,
+    alive: tl.tensor,
+    best: tl.tensor,
+    second: tl.tensor,
+    bound: tl.tensor,
+    first_segment: tl.tensor,
+    BITS: tl.constexpr,
+) -> None:
+    """Write the groups whose minimum is at most the bound: NONE fills up, WHOLE in the first place means too many."""
+    slots: tl.constexpr = best.shape[1]
+    nobody: tl.constexpr = 2**31 - 1
+    segment = best.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+    group = (first_segment + segment) * slots + tl.arange(0, slots)[None, :]
+    # Not `best <= bound`: a bound that is NaN must let everything in.
+    group = tl.where(best > bound[:, None], nobody, group)
+    count = tl.sum((group != nobody).to(tl.int32), axis=1)
+    hidden = tl.max((~(second > bound[:, None])).to(tl.int32), axis=1)
+    whole = (hidden > 0) | (count > LISTED)
+    last = tl.min(group, axis=1)
+    tl.store(listed_ptr + rows, tl.where(whole, WHOLE, tl.where(count > 0, last, NONE)), mask=alive)
+    more = tl.max(tl.where(alive, count, 0), axis=0) > 1
+    for place in tl.static_range(1, LISTED):
+        found = tl.full(last.shape, NONE, tl.int32)
+        if more:
+            last = tl.min(tl.where(group > last[:, None], group, nobody), axis=1)
+            found = tl.where(count > place, last, NONE)
+        tl.store(listed_ptr + place * N + rows, found, mask=alive)
+
+
+@triton.jit(do_not_specialize=["N"])
+def round_rows_kernel(
+    x_ptr: tl.tensor,
+    inner: tl.tensor,
+    stride_h: tl.tensor,
+    stride_outer: tl.tensor,
+    stride_inner: tl.tensor,
+    stride_d: tl.tensor,
+    frame_ptr: tl.tensor,  # (H, 2, WIDTH) float32; not read when RAW
+    rounded_ptr: tl.tensor,  # out (H, N, WIDTH)
+    figures_ptr: tl.tensor,  # out (H, N, 3) float32: scale, norm and residual (scaled)
+    N: tl.tensor,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RAW: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Rows as operands, for the widths at which the screen cannot round them itself. Grid (row blocks, heads)."""
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    alive = rows < N
+    source = x_ptr + head * stride_h + row_offsets(rows, inner, stride_outer, stride_inner)
+    frame = frame_ptr + head * 2 * WIDTH
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if not RAW:
+        largest = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, WIDTH, CHUNK):
+            values = load_rows(source, alive, start, stride_d, frame, D, CHUNK, RAW)
+            largest = tl.maximum(largest, tl.max(tl.abs(values), axis=1).to(tl.float32))
+        scale = power_of_two(largest)
+    kept = tl.zeros((ROWS,), tl.float32)
+    lost = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        values = load_rows(source, alive, start, stride_d, frame, D, CHUNK, RAW) * scale[:, None]
+        operand, squares, losses = rounded(values, rounded_ptr.dtype.element_ty)
+        kept += squares
+        lost += losses
+        target = rounded_ptr + (head * N + rows)[:, None] * WIDTH + (start + tl.arange(0, CHUNK))[None, :]
+        tl.store(target, operand, mask=alive[:, None])
+    norm, residual = norms(kept, lost, D, RAW)
+    figures = figures_ptr + (head * N + rows) * 3
+    tl.store(figures, scale, mask=alive)
+    tl.store(figures + 1, norm, mask=alive)
+    tl.store(figures + 2, residual, mask=alive)
+
+
+@triton.jit
+def pair_minima(
+    x: tl.tensor,
+    rounded_rows: tl.tensor,
+    codes: tl.tensor,
+    bias: tl.tensor,
+    factor: tl.tensor,
+    alive: tl.tensor,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
+) -> Any:
+    """The smaller screened score of each pair of codes of one tile, (rows, SLOTS)."""
+    dims = tl.arange(0, CHUNK)
+    bias = tl.load(bias)
+    if CHUNK == WIDTH:
+        dots = tl.dot(x, tl.load(codes + dims[None, :]).T)
+    else:
+        dots = tl.zeros((factor.shape[0], bias.shape[0]), tl.float32)
+        for start in range(0, WIDTH, CHUNK):
+            chunk = tl.load(rounded_rows[:, None] + (start + dims)[None, :], mask=alive[:, None], other=0.0)
+            dots = tl.dot(chunk, tl.load(codes + (start + dims)[None, :]).T, dots)
+    scores = tl.fma(dots, tl.broadcast_to(factor[:, None], dots.shape), tl.broadcast_to(bias[None, :], dots.shape))
+    one, other = tl.split(tl.reshape(scores, (scores.shape[0], SLOTS, 2)))
+    return tl.minimum(one, other)
+
+
+@triton.jit(do_not_specialize=["N"])
+def screen_kernel(
+    x_ptr: tl.tensor,
+    inner: tl.tensor,
+    stride_h: tl.tensor,
+    stride_outer: tl.tensor,
+    stride_inner: tl.tensor,
+    stride_d: tl.tensor,
+    rounded_ptr: tl.tensor,  # (H, N, WIDTH) and
+    figures_ptr: tl.tensor,  # (H, N, 3), from round_rows_kernel; not read unless ROUNDED
+    frame_ptr: tl.tensor,  # (H, 2, WIDTH) float32; not read when RAW
+    codes_ptr: tl.tensor,  # (H, segments * STEPS * COLUMNS, WIDTH)
+    bias_ptr: tl.tensor,  # (H, segments * STEPS * COLUMNS)
+    bounds_ptr: tl.tensor,  # (H, parts, 2)
+    listed_ptr: tl.tensor,  # out (H, splits, LISTED, N) int32
+    queued_ptr: tl.tensor,  # out (H) int32: set to 0
+    N: tl.tensor,
+    segments: tl.tensor,
+    parts: tl.tensor,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    RAW: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLACK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Screen all codes for a block of rows, and list the groups that may hold the winner.
+
+    Grid (row blocks, splits, heads): a split screens every splits-th share of the segments. In the loop over them
+    nothing crosses lanes: every column of the tile keeps its two smallest group minima, with the segment's number in
+    their last bits.
+    """
+    split = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    alive = rows < N
+    slots: tl.constexpr = COLUMNS // 2
+    segment_size: tl.constexpr = COLUMNS * STEPS
+
+    scale = 1.0
+    if not RAW:
+        scale = code_scale(frame_ptr, head, WIDTH, CHUNK)
+    rounded_rows = rounded_ptr + (head * N + rows) * WIDTH
+    if ROUNDED:
+        figures = figures_ptr + (head * N + rows) * 3
+        row_scale = tl.load(figures, mask=alive, other=1.0)
+        norm = tl.load(figures + 1, mask=alive, other=0.0)
+        residual = tl.load(figures + 2, mask=alive, other=0.0)
+        if CHUNK == WIDTH:
+            x = tl.load(rounded_rows[:, None] + tl.arange(0, WIDTH)[None, :], mask=alive[:, None], other=0.0)
+        else:
+            x = 0.0
+    else:
+        source = x_ptr + head * stride_h + row_offsets(rows, inner, stride_outer, stride_inner)
+        values = load_rows(source, alive, 0, stride_d, frame_ptr + head * 2 * WIDTH, D, CHUNK, RAW)
+        row_scale = tl.full((ROWS,), 1.0, tl.float32)
+        if not RAW:
+            row_scale = power_of_two(tl.max(tl.abs(values), axis=1).to(tl.float32))
+        x, kept, lost = rounded(values * row_scale[:, None], codes_ptr.dtype.element_ty)
+        norm, residual = norms(kept, lost, D, RAW)
+    ratio = scale * reciprocal(row_scale)
+
+    share = tl.cdiv(segments, tl.num_programs(1))
+    first = split * share
+    count = tl.minimum(segments - first, share)
+    places = tl.arange(0, COLUMNS)
+    start = head * segments + first
+    codes = codes_ptr + (start * segment_size + places)[:, None] * WIDTH
+    bias = bias_ptr + start * segment_size + places
+    best = tl.full((ROWS, slots), FAR, tl.float32)
+    second = tl.full((ROWS, slots), FAR, tl.float32)
+    for segment in tl.range(0, count, num_stages=STAGES):
+        smallest = pair_minima(x, rounded_rows, codes, bias, -ratio, alive, WIDTH, CHUNK, slots)
+        for step in tl.static_range(1, STEPS):
+            tile = codes + step * COLUMNS * WIDTH
+            more = pair_minima(x, rounded_rows, tile, bias + step * COLUMNS, -ratio, alive, WIDTH, CHUNK, slots)
+            smallest = tl.minimum(smallest, more)
+        packed = pack(smallest, segment, BITS)
+        second = tl.minimum(second, tl.maximum(best, packed))
+        best = tl.minimum(best, packed)
+        codes += segment_size * WIDTH
+        bias += segment_size
+
+    part = tl.arange(0, PARTS)
+    bounds = bounds_ptr + (head * parts + part) * 2
+    code_norm = tl.max(tl.load(bounds, mask=part < parts, other=0.0), axis=0)
+    code_residual = tl.max(tl.load(bounds + 1, mask=part < parts, other=0.0), axis=0)
+    packing: tl.constexpr = 2.0 ** (BITS - 23)
+    bound = threshold(
+        *[tl.min(best, axis=1), norm * ratio, residual * ratio, code_norm, code_residual],
+        *[D, packing, EUCLIDEAN, SLACK],
+    )
+    listed = listed_ptr + (head * tl.num_programs(1) + split) * LISTED * N
+    list_groups(listed, N, rows, alive, best, second, bound, first, BITS)
+    if (tl.program_id(0) == 0) & (split == 0):
+        tl.store(queued_ptr + head, 0)
+
+
+@triton.jit
+def interval(
+    x: tl.tensor,
+    alive: tl.tensor,
+    stride_d: tl.tensor,
+    codes: tl.tensor,
+    valid: tl.tensor,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOUBLE: tl.constexpr,
+) -> Any:
+    """What each score (rows, codes) lies between: a sum in any order, and what it can be off by."""
+    work: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    unit: tl.constexpr = 2.0**-53 if DOUBLE else 2.0**-24
+    value = tl.zeros(valid.shape, work)
+    size = tl.zeros(valid.shape, work)
+    for start in range(0, D, CHUNK):
+        dims = start + tl.arange(0, CHUNK)
+        inside = (dims < D)[None, None, :]
+        of_x = x[:, None, None] + (dims.to(tl.int64) * stride_d)[None, None, :]
+        a = tl.load(of_x, mask=alive[:, None, None] & inside, other=0.0)
+        b = tl.load(codes[:, :, None] + dims[None, None, :], mask=valid[:, :, None] & inside, other=0.0)
+        if EUCLIDEAN:
+            term = a.to(work) - b.to(work)
+            value += tl.sum(term * term, axis=2)
+        else:
+            term = a.to(work) * b.to(work)
+            value -= tl.sum(term, axis=2)
+            size += tl.sum(tl.abs(term), axis=2)
+    if EUCLIDEAN:
+        size = value
+    error = size * ((D + 8) * unit) + D * 2.0**-120
+    certain = is_finite(value + error)
+    low = tl.where(certain, value - error, float("-inf"))
+    high = tl.where(certain, value + error, float("inf"))
+    return tl.where(valid, low, float("inf")), tl.where(valid, high, float("inf"))
+
+
+@triton.jit
+def canonical(
+    x: tl.tensor,
+    alive: tl.tensor,
+    stride_d: tl.tensor,
+    codes: tl.tensor,
+    valid: tl.tensor,
+    D: tl.tensor,
+    EUCLIDEAN: tl.constexpr,
+) -> Any:
+    """What the contract minimises: float64, dimension by dimension, each operation rounded on its own.
+
+    `x` with `alive` and `codes` with `valid` are pointers of shapes that broadcast together.
+    """
+    total = (alive & valid).to(tl.float64) * 0.0
+    for i in range(0, D):
+        a = tl.load(x + i * stride_d, mask=alive, other=0.0).to(tl.float64)
+        b = tl.load(codes + i, mask=valid, other=0.0).to(tl.float64)
+        if EUCLIDEAN:
+            term = a - b
+            total += term * term
+        else:
+            total += a * b
+    return total if EUCLIDEAN else -total
+
+
+@triton.jit
+def ranked(score: tl.tensor, valid: tl.tensor) -> Any:
+    """Canonical scores to be compared: NaN counts as infinite, and so does what is not there."""
+    return tl.where(valid & (tl.abs(score) >= 0), score, float("inf"))
+
+
+@triton.jit(do_not_specialize=["N"])
+def rescore_kernel(
+    x_ptr: tl.tensor,
+    inner: tl.tensor,
+    stride_h: tl.tensor,
+    stride_outer: tl.tensor,
+    stride_inner: tl.tensor,
+    stride_d: tl.tensor,
+    codebook_ptr: tl.tensor,  # (H, K, D)
+    listed_ptr: tl.tensor,  # (H, splits, LISTED, N) int32
+    queue_ptr: tl.tensor,  # out (H, N) int64: rows to be scored whole
+    queued_ptr: tl.tensor,  # in and out (H) int32: how many
+    indices_ptr: tl.tensor,  # out (H, N) int64
+    distances_ptr: tl.tensor,  # out (H, N); not written unless DISTANCES
+    N: tl.tensor,
+    K: tl.tensor,
+    splits: tl.tensor,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    DISTANCES: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """The nearest code of every row that has its groups listed. Grid (row blocks, heads)."""
+    nobody: tl.constexpr = 2**31 - 1
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    alive = rows < N
+    x = x_ptr + head * stride_h + row_offsets(rows, inner, stride_outer, stride_inner)
+    codebook = codebook_ptr + head * K * D
+    listed = listed_ptr + head * splits * LISTED * N + rows
+    member = tl.arange(0, GROUP)[None, :]
+
+    work: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    reached = tl.full((ROWS,), float("inf"), work)  # the winner's score is at most this
+    lowest = tl.full((ROWS,), float("inf"), work)  # the smallest lower end of an interval, whose it is, and the next
+    runner_up = tl.full((ROWS,), float("inf"), work)
+    nearest = tl.full((ROWS,), nobody, tl.int32)
+    whole = tl.zeros((ROWS,), tl.int1)
+    place = listed
+    for _ in range(0, splits * LISTED):
+        group = tl.load(place, mask=alive, other=NONE)
+        place += N
+        whole = whole | (group == WHOLE)
+        if tl.max(group, axis=0) >= 0:
+            code = group[:, None] * GROUP + member
+            valid = (group >= 0)[:, None] & (code < K)
+            codes = codebook + code.to(tl.int64) * D
+            low, high = interval(x, alive, stride_d, codes, valid, D, CHUNK, EUCLIDEAN, DOUBLE)
+            least = tl.min(low, axis=1)
+            whose = tl.min(tl.where(valid & (low == least[:, None]), code, nobody), axis=1)
+            next_low = tl.min(tl.where(code == whose[:, None], float("inf"), low), axis=1)
+            reached = tl.minimum(reached, tl.min(high, axis=1))
+            runner_up = tl.minimum(tl.minimum(runner_up, next_low), tl.maximum(lowest, least))
+            nearest = tl.where(least < lowest, whose, nearest)
+            lowest = tl.minimum(lowest, least)
+
+    # Two codes within the error of float32: the contract decides among all that are listed.
+    tied = (runner_up <= reached) & (lowest < float("inf")) & ~whole
+    if tl.max(tied.to(tl.int32), axis=0) > 0:
+        winning = tl.full((ROWS,), float("inf"), tl.float64)
+        winner = tl.full((ROWS,), nobody, tl.int32)
+        place = listed
+        for _ in range(0, splits * LISTED):
+            group = tl.load(place, mask=alive & tied, other=NONE)
+            place += N
+            if tl.max(group, axis=0) >= 0:
+                code = group[:, None] * GROUP + member
+                valid = (group >= 0)[:, None] & (code < K)
+                codes = codebook + code.to(tl.int64) * D
+                score = canonical(x[:, None], alive[:, None], stride_d, codes, valid, D, EUCLIDEAN)
+                score = ranked(score, valid)
+                least = tl.min(score, axis=1)
+                whose = tl.min(tl.where(score == least[:, None], code, nobody), axis=1)
+                better = (least < winning) | ((least == winning) & (whose < winner))
+                winner = tl.where(better & (least < float("inf")), whose, winner)
+                winning = tl.minimum(winning, least)
+        nearest = tl.where(tied, winner, nearest)
+
+    nearest = tl.where(nearest == nobody, 0, nearest)  # every distance is infinite or NaN
+    found = alive & ~whole
+    tl.store(indices_ptr + head * N + rows, nearest.to(tl.int64), mask=found)
+    if DISTANCES:
+        distance = canonical(x, found, stride_d, codebook + nearest.to(tl.int64) * D, found, D, EUCLIDEAN)
+        tl.store(distances_ptr + head * N + rows, distance if EUCLIDEAN else -distance, mask=found)
+    unfound = alive & whole
+    if tl.max(unfound.to(tl.int32), axis=0) > 0:
+        position = tl.atomic_add(queued_ptr + head + tl.zeros((ROWS,), tl.int32), 1, mask=unfound)
+        tl.store(queue_ptr + head * N + position, rows, mask=unfound)
+
+
+@triton.jit(do_not_specialize=["N"])
+def whole_kernel(
+    x_ptr: tl.tensor,
+    inner: tl.tensor,
+    stride_h: tl.tensor,
+    stride_outer: tl.tensor,
+    stride_inner: tl.tensor,
+    stride_d: tl.tensor,
+    codebook_ptr: tl.tensor,  # (H, K, D)
+    queue_ptr: tl.tensor,  # (H, N) int64
+    queued_ptr: tl.tensor,  # (H) int32
+    indices_ptr: tl.tensor,  # out (H, N) int64
+    distances_ptr: tl.tensor,  # out (H, N); not written unless DISTANCES
+    N: tl.tensor,
+    K: tl.tensor,
+    D: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DISTANCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Queued rows against every code, by the contract. Grid (programs, heads); each takes blocks of the queue."""
+    head = tl.program_id(1).to(tl.int64)
+    queued = tl.load(queued_ptr + head)
+    codebook = codebook_ptr + head * K * D
+    for block in range(tl.program_id(0), tl.cdiv(queued, ROWS), tl.num_programs(0)):
+        entry = block * ROWS + tl.arange(0, ROWS)
+        alive = entry < queued
+        rows = tl.load(queue_ptr + head * N + entry, mask=alive, other=0)
+        x = x_ptr + head * stride_h + row_offsets(rows, inner, stride_outer, stride_inner)
+        winning = tl.full((ROWS,), float("inf"), tl.float64)
+        nearest = tl.zeros((ROWS,), tl.int32)
+        for start in range(0, K, COLUMNS):
+            code = start + tl.arange(0, COLUMNS)
+            valid = (code < K)[None, :]
+            codes = (codebook + code.to(tl.int64) * D)[None, :]
+            score = canonical(x[:, None], alive[:, None], stride_d, codes, valid, D, EUCLIDEAN)
+            score = ranked(score, valid)
+            least = tl.min(score, axis=1)
+            whose = tl.min(tl.where(score == least[:, None], code[None, :], K), axis=1)
+            nearest = tl.where(least < winning, whose, nearest)
+            winning = tl.minimum(winning, least)
+        tl.store(indices_ptr + head * N + rows, nearest.to(tl.int64), mask=alive)
+        if DISTANCES:
+            distance = canonical(x, alive, stride_d, codebook + nearest.to(tl.int64) * D, alive, D, EUCLIDEAN)
+            tl.store(distances_ptr + head * N + rows, distance if EUCLIDEAN else -distance, mask=alive)
+
+
+class Tiles(NamedTuple):
+    """How the screen is cut; a pure function of device and shapes, see `tiles`."""
+
+    rows: int  # of x a program
+    columns: int  # codes of one matrix product
+    steps: int  # products a group minimum runs over
+    warps: int
+    stages: int  # of the pipeline that loads codes
+
+
+_ROUNDED_FROM = 128  # at this padded width and above, rows are rounded by a kernel of their own: registers run out
+_ROWS_STAY = ("sm_90", "sm_100", "sm_103")
+_CHUNK = 128  # dimensions of one product where the width is more than 256
+
+
+def width_of(D: int) -> int:
+    """D as the screen pads it: to a power of two from 16 to 256, past that to whole chunks."""
+    return max(16, 1 << (D - 1).bit_length()) if D <= 256 else -(-D // _CHUNK) * _CHUNK
+
+
+def shared_memory(device: Device, tiles: Tiles, width: int) -> int:
+    """Bytes of shared memory that the screen needs at most.
+
+    A pipeline of code tiles, 2 bytes an element and 4 a bias: stages * steps * columns * (2 * width + 4), one stage
+    fewer on AMD, and the rows, 2 * rows * width: beside the pipeline where the matrix unit reads both from shared
+    memory (sm_90, sm_100), else before it. Past a width of 256 both are read in chunks of 128: stages * 2 * 128 *
+    (rows + columns).
+    """
+    if width > 256:
+        return tiles.stages * 2 * _CHUNK * (tiles.rows + tiles.columns)
+    rows = 2 * tiles.rows * width
+    buffers = tiles.stages - 1 if device.backend == "hip" else tiles.stages
+    pipeline = buffers * tiles.steps * tiles.columns * (2 * width + 4)
+    return rows + pipeline if device.arch in _ROWS_STAY else max(rows, pipeline)
+
+
+def tiles_for(device: Device, K: int, width: int) -> Tiles:
+    """The screen's tiles for a device and a shape: the largest that leave the registers and shared memory whole.
+
+    Long groups cost the loop less and the re-score more; they pay where the codebook is long.
+    """
+    if device.backend == "interpreter":
+        return Tiles(rows=32, columns=32, steps=2, warps=4, stages=1)
+    if device.shared_memory < 128_000 and width > 128:
+        return Tiles(rows=64, columns=32, steps=2, warps=4, stages=2)
+    tiles = Tiles(rows=128, columns=64, steps=2, warps=8, stages=2)
+    if width > 256:
+        return tiles
+    roomy = device.backend == "cuda" and (width >= 128 or device.arch in _ROWS_STAY)
+    for steps in (4, 2) if K > 8192 and roomy else (2,):
+        for stages in (3, 2):
+            longer = tiles._replace(steps=steps, stages=stages)
+            if shared_memory(device, longer, width) <= device.shared_memory:
+                return longer
+    return tiles._replace(stages=1)
+
+
+def splits_for(device: Device, blocks: int, segments: int) -> int:
+    """Into how many parts the codes are split, so that few rows still fill the device."""
+    return max(1, min(segments // 2, device.multiprocessors // blocks, 64))
+
+
+def operand_type(x: Tensor, codebook: Tensor) -> tuple[torch.dtype, bool]:
+    """What the screen multiplies, and whether that is the stored values themselves."""
+    raw = x.dtype == codebook.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    return (x.dtype if raw else torch.float16), raw
+
+
+def search(
+    x: Tensor, codebook: Tensor, metric: str, return_distance: bool, slack: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Indices (...), and squared distances or scores (...) when asked for, else an empty tensor.
+
+    `slack` multiplies the bound of the certificate: below 1 is for the tests that show the bound to be needed.
+    """
+    device = device_of(x)
+    rows = rows_of(x, codebook.dim() == 3)
+    codebook = codebook.contiguous().resolve_neg()
+    heads, N, D, K = rows.heads, rows.length, rows.dim, codebook.shape[-2]
+    double = torch.float64 in (x.dtype, codebook.dtype)
+    work = torch.float64 if double else torch.float32
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    distances = torch.empty(x.shape[:-1] if return_distance else (0,), dtype=work, device=x.device)
+    if N == 0 or heads == 0:
+        return indices, distances
+    euclidean = metric == "euclidean"
+    where = (rows.tensor, rows.inner, *rows.strides)
+    width = width_of(D)
+    tiles = tiles_for(device, K, width)
+    group = 2 * tiles.steps
+    listed, queued, queue = screen(device, rows, codebook, euclidean, width, tiles, slack)
+    block = 16
+    launch(
+        rescore_kernel,
+        (triton.cdiv(N, block), heads),
+        *[*where, codebook, listed, queue, queued, indices, distances, N, K, listed.shape[1]],
+        D=D,
+        CHUNK=min(64, width),
+        GROUP=group,
+        EUCLIDEAN=euclidean,
+        DOUBLE=double,
+        DISTANCES=return_distance,
+        ROWS=block,
+        num_warps=4,
+        num_stages=1,
+    )
+    launch(
+        whole_kernel,
+        (min(4 * device.multiprocessors, triton.cdiv(N, 8)), heads),
+        *[*where, codebook, queue, queued, indices, distances, N, K],
+        D=D,
+        EUCLIDEAN=euclidean,
+        DISTANCES=return_distance,
+        ROWS=8,
+        COLUMNS=128,
+        num_warps=4,
+        num_stages=1,
+    )
+    return indices, distances
+
+
+def screen(
+    device: Device, rows: Rows, codebook: Tensor, euclidean: bool, width: int, tiles: Tiles, slack: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The groups that may hold each row's winner, and an empty queue."""
+    heads, N, D, K = rows.heads, rows.length, rows.dim, codebook.shape[-2]
+    dtype, raw = operand_type(rows.tensor, codebook)
+    chunk = width if width <= 256 else _CHUNK
+    segment = tiles.columns * tiles.steps
+    segments = triton.cdiv(K, segment)
+    size = segments * segment
+    parts = min(256, triton.cdiv(size, 64))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=codebook.device)
+
+    frame = empty(heads, 2, width)
+    if not raw:
+        launch(
+            frame_kernel,
+            (triton.cdiv(width, 16), heads),
+            *[codebook, frame, K],
+            D=D,
+            WIDTH=width,
+            CENTRED=euclidean,
+            ROWS=128,
+            COLUMNS=16,
+            num_warps=4,
+            num_stages=1,
+        )
+    codes = empty(heads, size, width, dtype=dtype)
+    bias = empty(heads, size)
+    bounds = empty(heads, parts, 2)
+    launch(
+        pack_codes_kernel,
+        (parts, heads),
+        *[codebook, frame, codes, bias, bounds, K, size],
+        D=D,
+        WIDTH=width,
+        CHUNK=chunk,
+        RAW=raw,
+        EUCLIDEAN=euclidean,
+        COLUMNS=tiles.columns,
+        STEPS=tiles.steps,
+        BLOCK=64,
+        num_warps=4,
+        num_stages=1,
+    )
+    where = (rows.tensor, rows.inner, *rows.strides)
+    by_kernel = width >= _ROUNDED_FROM
+    rounded_rows = empty(heads, N, width, dtype=dtype) if by_kernel else codes
+    figures = empty(heads, N, 3) if by_kernel else frame
+    if by_kernel:
+        launch(
+            round_rows_kernel,
+            (triton.cdiv(N, 32), heads),
+            *[*where, frame, rounded_rows, figures, N],
+            D=D,
+            WIDTH=width,
+            CHUNK=chunk,
+            RAW=raw,
+            ROWS=32,
+            num_warps=4,
+            num_stages=1,
+        )
+    blocks = triton.cdiv(N, tiles.rows)
+    splits = splits_for(device, blocks * heads, segments)
+    splits = triton.cdiv(segments, triton.cdiv(segments, splits))
+    share = triton.cdiv(segments, splits)
+    listed = empty(heads, splits, LISTED.value, N, dtype=torch.int32)
+    queued = empty(heads, dtype=torch.int32)
+    queue = empty(heads, N, dtype=torch.int64)
+    launch(
+        screen_kernel,
+        (blocks, splits, heads),
+        *[*where, rounded_rows, figures, frame, codes, bias, bounds, listed, queued, N, segments, parts],
+        D=D,
+        WIDTH=width,
+        CHUNK=chunk,
+        ROUNDED=by_kernel,
+        RAW=raw,
+        EUCLIDEAN=euclidean,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        STEPS=tiles.steps,
+        BITS=(share - 1).bit_length(),
+        PARTS=triton.next_power_of_2(parts),
+        SLACK=slack,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return listed, queued, queue

@@ -1,0 +1,176 @@
+"""Triton's search in the interpreter: the canonical index for every row, every tensor between forbidden pages."""
+
+import pytest
+import torch
+from compare import assert_same_bits, assert_same_indices
+from families import DTYPES, FAMILIES, make
+from fastvq.kernels import search as kernels
+from fastvq.kernels.launch import DEVICES, INTERPRETER
+from fastvq.kernels.rows import rows_of
+from guard import GuardedAllocations, guarded
+
+from fastvq.backends import reference, triton
+
+METRICS = ("euclidean", "dot")
+
+
+def check(x, codebook, metric="euclidean", what="", guard="end"):
+    """Indices and distances equal the reference's, with every tensor next to a forbidden page."""
+    wanted, right = reference.search(x, codebook, metric, True, "exact")
+    x, codebook = guarded(x, guard), guarded(codebook, guard)
+    with GuardedAllocations(guard):
+        found, distances = triton.search(x, codebook, metric, True, "exact")
+    assert_same_indices(found, wanted, what)
+    assert_same_bits(distances, right, what)
+
+
+def listed(x, codebook, metric="euclidean"):
+    """What the screen leaves: (splits, LISTED, N) groups of one head."""
+    rows = rows_of(x, False)
+    width = kernels.width_of(rows.dim)
+    tiles = kernels.tiles_for(INTERPRETER, len(codebook), width)
+    return kernels.screen(INTERPRETER, rows, codebook, metric == "euclidean", width, tiles, 1.0)[0][0]
+
+
+def whole_rows(groups):
+    """Which rows the screen could not narrow down."""
+    return (groups[:, 0] == kernels.WHOLE.value).any(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, dtype):
+    check(*make(family, 35, 203, 7, dtype), guard="start")
+    if dtype in ("float32", "bfloat16"):
+        check(*make(family, 9, 129, 40, dtype, seed=1), "dot")
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        *[(d, "float32") for d in (1, 2, 3, 16, 17, 31, 127, 252, 256, 300)],
+        *[(d, "bfloat16") for d in (1, 33, 200, 300)],
+        *[(d, "float64") for d in (5, 64, 257)],
+        *[(1023, dtype) for dtype in ("float32", "float16")],
+    ],
+)
+def test_dimensions(d, dtype):
+    check(*make("gaussian", 9 if d > 256 else 33, 65, d, dtype, d), METRICS[d % 2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 64, 65, 127, 128, 1000, 4099])
+def test_codebook_sizes(k):
+    check(*make("gaussian", 33, k, 8, seed=k))
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 100])
+def test_row_counts(n):
+    check(*make("gaussian", n, 100, 12, seed=n))
+    check(*make("power_law", n, 700, 12, seed=n))  # split over the codes
+
+
+def test_large_codebook_in_many_segments():
+    x, codebook = make("gaussian", 9, 20_001, 16)
+    x[5] = codebook[20_000]
+    check(x, codebook)
+
+
+def test_layouts():
+    image, codebook = make("gaussian", 2 * 3 * 4, 50, 12)
+    image = image.reshape(2, 3, 4, 12)
+    for x in (
+        image,
+        image.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),  # channels first in memory
+        image.transpose(0, 2),
+        image[:, ::2, 1:],
+        image[0, 0, 0].expand(3, 4, 12),
+        image[0, 0, 0],
+        torch.cat([image, image], -1)[..., ::2],
+        image.flip(1),
+    ):
+        check(x, codebook)
+    check(x, codebook.t().contiguous().t())
+    check(x, torch.cat([codebook, codebook])[::2])
+
+
+def test_heads():
+    x, codebook = make("near_tied", 40, 70, 9, heads=3)
+    check(x, codebook)
+    check(x.reshape(3, 5, 8, 9).transpose(1, 2), codebook, "dot")
+    check(x.transpose(0, 1).contiguous().transpose(0, 1), codebook)
+
+
+# ---- each way through the kernels, forced by data -----------------------------------------------------------------
+
+
+def test_most_rows_are_settled_by_one_group():
+    for family in ("gaussian", "offset", "power_law", "fresh", "normalised"):
+        x, codebook = make(family, 128, 1024, 64)
+        groups = listed(x, codebook)
+        assert whole_rows(groups).float().mean() < 0.02
+        assert (groups[0, 1] >= 0).float().mean() < 0.2
+
+
+def test_rows_with_several_groups():
+    """Codes that are equal but for 1e-7 lie in groups far apart: more than one is listed, the contract decides."""
+    x, codebook = make("gaussian", 64, 512, 24)
+    codebook[256:] = codebook[:256].roll(5, 0) * (1 + 1e-7 * torch.randn(256, 24))
+    groups = listed(x, codebook)
+    several = ((groups >= 0).sum((0, 1)) > 1) & ~whole_rows(groups)
+    assert several.float().mean() > 0.5
+    check(x, codebook)
+
+
+def test_rows_with_too_many_groups_are_queued():
+    x, codebook = make("gaussian", 64, 512, 24)
+    codebook[::4] = codebook[0]
+    x[::2] = codebook[0] + 1e-4 * torch.randn(32, 24)
+    assert torch.equal(whole_rows(listed(x, codebook)), torch.arange(64) % 2 == 0)
+    check(x, codebook)
+
+
+def test_a_second_code_hidden_in_the_same_column_is_seen():
+    """Two codes of one column of the tile, in different segments: only the runner-up tells of the second."""
+    tiles = kernels.tiles_for(INTERPRETER, 1024, 16)
+    segment = tiles.columns * tiles.steps
+    x, codebook = make("gaussian", 8, 8 * segment, 16)
+    codebook[:] += 10 * torch.randn(16)
+    codebook[segment + 3] = x[0]
+    codebook[5 * segment + 3] = x[0]
+    wanted, _ = reference.search(x, codebook, "euclidean", False, "exact")
+    assert wanted[0] == segment + 3
+    check(x, codebook)
+
+
+def test_all_codes_equal_and_everything_infinite():
+    x, codebook = make("all_equal", 20, 300, 16)
+    assert whole_rows(listed(x, codebook)).all()
+    check(x, codebook)
+    check(torch.full((5, 6), torch.inf), torch.randn(9, 6))
+    check(torch.full((5, 6), torch.nan), torch.randn(9, 6))
+    check(torch.randn(5, 6), torch.full((9, 6), torch.nan))
+    check(1e200 * torch.randn(5, 6, dtype=torch.float64), 1e200 * torch.randn(9, 6, dtype=torch.float64))
+
+
+# ---- configurations -----------------------------------------------------------------------------------------------
+
+
+def test_every_choice_fits_the_device():
+    for device in DEVICES.values():
+        for n in (1, 100, 10_000, 10**7):
+            for k in (1, 64, 1024, 65_536, 1 << 20):
+                for d in (1, 8, 32, 64, 128, 256, 512, 1023):
+                    width = kernels.width_of(d)
+                    tiles = kernels.tiles_for(device, k, width)
+                    assert kernels.shared_memory(device, tiles, width) <= device.shared_memory, (
+                        device.arch,
+                        n,
+                        k,
+                        d,
+                        tiles,
+                    )
+                    blocks = -(-n // tiles.rows)
+                    segments = -(-k // (tiles.columns * tiles.steps))
+                    splits = kernels.splits_for(device, blocks, segments)
+                    assert 1 <= splits <= max(1, segments)
+                    assert splits * blocks <= max(blocks, device.multiprocessors)
