@@ -4,6 +4,7 @@ from fastvq.nn.binary_mapper import BinaryMapper
 from fastvq.nn.evo_lfq import EvoLFQ
 from fastvq.nn.fsp import FSP
 from fastvq.nn.fsq import FSQ
+from fastvq.nn.hierarchical_vq import HierarchicalVQ
 from fastvq.nn.latent_quantize import LatentQuantize
 from fastvq.nn.lfq import LFQ
 from fastvq.nn.random_projection import RandomProjectionQuantizer
@@ -20,6 +21,7 @@ __all__ = [
     "EvoLFQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
+    "HierarchicalVQ",
     "LatentQuantize",
     "RandomProjectionQuantizer",
     "ResidualFSQ",

@@ -14,6 +14,17 @@ from fastvq.nn.distributed import all_reduce_
 _SEEDS = 10_000
 
 
+def shared_draw(high: int, device: torch.device) -> Tensor:
+    """A random integer (), from 0 to high - 1, the same in every process of a data-parallel job."""
+    return all_reduce_(torch.randint(high, (), device=device)) % high
+
+
+def host_seed(device: torch.device) -> int | None:
+    """A seed that all processes share, where the host need not wait for it: on the CPU, outside of a graph."""
+    waiting = device.type != "cpu" or torch.compiler.is_compiling()
+    return None if waiting else int(shared_draw(_SEEDS, device))
+
+
 class StageDropout:
     """Draws the last stage that runs in a step, from a first one on, uniformly.
 
@@ -40,11 +51,9 @@ class StageDropout:
         An int where the host knows it, with a seed or on the CPU, so that later stages need not run; else a tensor ()
         on the device, for which nobody waits.
         """
+        seed = host_seed(device) if seed is None else seed
         if seed is None:
-            drawn = torch.randint(_SEEDS, (), device=device)
-            if device.type != "cpu" or torch.compiler.is_compiling():
-                return self._whole(self.cutoff_index + all_reduce_(drawn) % (self.num_quantizers - self.cutoff_index))
-            seed = int(all_reduce_(drawn))
+            return self._whole(self.cutoff_index + shared_draw(self.num_quantizers - self.cutoff_index, device))
         return self._whole(random.Random(seed).randrange(self.cutoff_index, self.num_quantizers))
 
     def _whole(self, last: Any) -> Any:

@@ -16,6 +16,8 @@ from torch import nn
 import fastvq
 
 TRANSFORM = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+# Without what is drawn at random, and at which the peer's draws differ.
+HIERARCHY = {"dim": 6, "codebook_size": 13, "scales": [1, 3, 11], "kmeans_init": False, "threshold_ema_dead_code": 0}
 TOKENS, FIRST, IMAGE, VIDEO = (3, 11, 6), (3, 6, 11), (2, 6, 5, 3), (2, 6, 2, 3, 4)
 
 # class, constructor, shape of the input, forward
@@ -135,6 +137,22 @@ CASES: list[Case] = [
         FIRST,
         {"return_all_codes": True},
     ),
+    ("HierarchicalVQ", HIERARCHY, FIRST, {}),
+    ("HierarchicalVQ", HIERARCHY | {"channel_first": False, "share_quant_resi": 2}, TOKENS, {"lens": "lens"}),
+    ("HierarchicalVQ", HIERARCHY | {"share_quant_resi": 0, "rotation_trick": True}, FIRST, {"mask": "mask"}),
+    (
+        "HierarchicalVQ",
+        HIERARCHY | {"scales": [1, (2, 3), (5, 3)], "accept_image_fmap": True, "quant_resi": 0.0},
+        IMAGE,
+        {},
+    ),
+    (
+        "HierarchicalVQ",
+        HIERARCHY | {"scales": [1, 2], "codebook_size": (5, 9), "shared_codebook": False, "accept_3d_fmap": True},
+        VIDEO,
+        {},
+    ),
+    ("HierarchicalVQ", HIERARCHY | {"nested_dropout": 0.7, "nested_dropout_min_levels": 2}, FIRST, {}),
     ("RandomProjectionQuantizer", {"dim": 6, "codebook_size": 13, "codebook_dim": 4}, TOKENS, {}),
     ("RandomProjectionQuantizer", {"dim": 6, "codebook_size": 13, "codebook_dim": 4, "norm": False}, TOKENS, {}),
     ("RandomProjectionQuantizer", {"dim": 6, "codebook_size": 13, "codebook_dim": 4, "num_codebooks": 3}, TOKENS, {}),
@@ -172,7 +190,9 @@ def test_steps(case: Case, training: bool) -> None:
     ours.train(training), theirs.train(training)
     call = dict(call)
     if call.get("mask") == "mask":
-        call["mask"] = torch.arange(shape[1]) < torch.tensor([[4], [11], [0]])
+        call["mask"] = torch.arange(11) < torch.tensor([[4], [11], [0]])
+    if call.get("lens") == "lens":
+        call["lens"] = torch.tensor([4, 11, 0])
     for seed in range(2):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         judge = observe(copy.deepcopy(ours).double(), x.double(), **call) if "LFQ" in name else None
@@ -306,10 +326,17 @@ def test_arguments_are_the_peers(name: str) -> None:
             assert same, key
 
 
+# Layers of the peer's HierarchicalVQ that only move dimensions.
+PLUMBING = {
+    *("flatten_indices", "flatten_spatial", "indices_to_spatial", "mask_from_channel", "mask_to_channel"),
+    *("to_channel_first", "to_channel_last", "unflatten_spatial"),
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_attribute_is_there(name: str) -> None:
     theirs, ours = example(name, peer), example(name, fastvq)
-    public = {key for key in dir(theirs) if not key.startswith("_")} - set(dir(nn.Module()))
+    public = {key for key in dir(theirs) if not key.startswith("_")} - set(dir(nn.Module())) - PLUMBING
     missing = {key for key in public if not hasattr(ours, key)}
     assert not missing
     for key in public:
