@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from common import DIM, assert_same, pair, step
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTIONS = {
@@ -21,6 +21,17 @@ OPTIONS = {
     "heads": {"heads": 2, "codebook_dim": 3, "threshold_ema_dead_code": 3},
     "separate heads": {"heads": 2, "separate_codebook_per_head": True, "threshold_ema_dead_code": 3},
     "image": {"accept_image_fmap": True},
+    "cross entropy": {"commitment_use_cross_entropy_loss": True, "heads": 2},
+    "diversity": {"codebook_diversity_loss_weight": 0.1, "codebook_diversity_temperature": 2.0},
+    "orthogonal": {
+        "orthogonal_reg_weight": 0.1,
+        "orthogonal_reg_active_codes_only": True,
+        "orthogonal_reg_max_codes": 5,
+    },
+    "sampling": {"stochastic_sample_codes": True, "straight_through": True, "rotation_trick": False},
+    "directional": {"directional_reparam": True, "threshold_ema_dead_code": 3},
+    "affine": {"affine_param": True, "threshold_ema_dead_code": 3},
+    "bridge": {"vq_bridge": nn.Linear(DIM, DIM)},
 }
 SYNCHRONISING = {
     *("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"),
