@@ -16,7 +16,7 @@ class Rows(NamedTuple):
     heads: int
     length: int  # rows a head
     dim: int
-    inner: int
+    inner: int  # 1 where one stride will do, which a kernel is compiled for: no division is left
     strides: tuple[int, int, int, int]  # of head, n // inner, n % inner, and the element
 
 
@@ -41,7 +41,7 @@ def rows_of(x: Tensor, per_head: bool) -> Rows:
     if len(walk) > 2:
         x = x.contiguous()
         walk = _merge(tuple(x.shape[lead:-1]), x.stride()[lead:-1])
-    (_, outer), (inner, step) = [*[(1, 0)] * (2 - len(walk)), *walk]
+    (_, outer), (inner, step) = [*walk, *[(1, 0)] * (2 - len(walk))]
     strides = (x.stride(0) if per_head else 0, outer, step, x.stride(-1))
     return Rows(x, x.shape[0] if per_head else 1, x.shape[lead:-1].numel(), x.shape[-1], max(inner, 1), strides)
 

@@ -19,3 +19,68 @@ def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, prec
     from fastvq.kernels import search as kernels
 
     return kernels.search(x, codebook, metric, return_distance)
+
+
+def vector_quantize(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
+    from fastvq.kernels import vector_quantize as kernels
+
+    return kernels.vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask)
+
+
+def vector_quantize_backward(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    codebook_weight: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
+    from fastvq.kernels import vector_quantize as kernels
+
+    return kernels.vector_quantize_backward(
+        *[grad_quantized, grad_loss, x, codebook, indices, mask],
+        *[commitment_weight, codebook_weight, need_x, need_codebook],
+    )
+
+
+def code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    """Counts ([H,] K) and sums ([H,] K, D): float64 sums in row order, rounded once."""
+    from fastvq.kernels import code_sums as kernels
+
+    return kernels.code_sums(x, indices, codebook_size, mask, per_head)
+
+
+def ema_update_(
+    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+) -> None:
+    """The moving averages and the codebook, in place; float64 within, each stored tensor rounded once."""
+    from fastvq.kernels import ema_update as kernels
+
+    kernels.ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay, eps)
+
+
+def residual_quantize_backward(
+    grad_quantized: Tensor,
+    grad_losses: Tensor,
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (straight-through and all losses) and to the codebooks (each stage's own loss)."""
+    from fastvq.kernels import residual_quantize as kernels
+
+    return kernels.residual_quantize_backward(
+        grad_quantized, grad_losses, x, codebooks, indices, need_x, need_codebooks
+    )
