@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fastvq.functional import code_sums, ema_update_
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.distributed import all_reduce_, take_turns
-from fastvq.nn.estimators import straight_through
 from fastvq.nn.kmeans import kmeans
 from fastvq.nn.recompute import recomputing
 from fastvq.nn.sampling import rows_for_codes
+from fastvq.nn.straight_through import straight_through
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 

@@ -14,12 +14,13 @@ from fastvq.nn import checks, losses
 from fastvq.nn.affine import AffineCodebook
 from fastvq.nn.codebook import Codebook, EmaWeight
 from fastvq.nn.cosine import l2norm
+from fastvq.nn.directional import directional_reparam
 from fastvq.nn.distributed import all_reduce_, world_size
-from fastvq.nn.estimators import directional_reparam, straight_through
 from fastvq.nn.layout import Layout
 from fastvq.nn.losses import LossBreakdown
 from fastvq.nn.recompute import recomputing
 from fastvq.nn.rotation import rotate_gradient
+from fastvq.nn.straight_through import straight_through
 from fastvq.nn.transformed import TransformedCodes, TransformFn
 from fastvq.streaming import mean_code
 
@@ -410,6 +411,15 @@ class VectorQuantize(nn.Module):
         """Indices (B, N, heads) in the layout of the rows, (H, B, T)."""
         return self.layout.rows(indices).squeeze(-1)
 
+    def _given_rows(self, indices: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
+        """Indices of the tokens (B, N, dim) of x, by the places of x or of the tokens, in the layout of the rows."""
+        checks.tensor("indices", indices)
+        checks.dtype("indices", indices, (torch.int64, torch.int32))
+        heads = (self.heads,) if self.heads > 1 else ()
+        if tuple(indices.shape) != (*tokens.shape[:2], *heads):
+            checks.shape("indices", indices, (*self.layout.places(x), *heads))
+        return self._index_rows(indices.to(torch.int64).reshape(*tokens.shape[:2], self.heads))
+
     # ---- learning outside of forward ----------------------------------------------------------------------------
 
     def maybe_split_heads_from_input(self, x: Tensor) -> Tensor:
@@ -429,7 +439,7 @@ class VectorQuantize(nn.Module):
         tokens = self.layout.tokens(x)
         token_mask = self.layout.mask(x, tokens, mask, None)
         rows = self._rows(self.project_in(tokens))
-        index = self._index_rows(indices.reshape(*tokens.shape[:2], self.heads))
+        index = self._given_rows(indices, x, tokens)
         self._codebook.update(rows.detach(), index, self._row_mask(token_mask))
 
     update_ema_indices = update_indices
@@ -540,7 +550,7 @@ class VectorQuantize(nn.Module):
             output = torch.where(kept if call.topk is None else kept.unsqueeze(-1), output, padding)
         output = layout.restored(output, x)
         if indices is not None:
-            given = self._index_rows(indices.reshape(*tokens.shape[:2], self.heads))
+            given = self._given_rows(indices, x, tokens)
             loss = self._cross_entropy(rows, codes, given, None if self.strict_compat else row_mask, chosen)
             return (self._unjoined(quantized) if self.strict_compat else output), loss
 
@@ -650,7 +660,9 @@ class VectorQuantize(nn.Module):
     def _step_in_place(self, rows: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
         """A step of the in-place optimizer on mean((sg[x] - q)^2), which is returned."""
         rows = rows.detach()
-        with torch.enable_grad():
+        # Its graph ends here: what it saves is not for activation checkpointing to count and make again.
+        alone = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+        with torch.enable_grad(), alone:
             codes = self._codebook.codes(changing=True)
             chosen = self._choose(rows, mask, codes, call)
             loss = losses.masked_mean(losses.commitment(rows, chosen.values), mask)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from common import CODES, DIM, pair
+from torch import nn
 
 import fastvq
 
@@ -43,6 +44,35 @@ BAD = [
         {"learnable_codebook": True, "ema_update": False, "use_cosine_sim": True},
         ValueError,
         "learnable_codebook=True needs use_cosine_sim=False",
+    ),
+    ({"straight_through": True, "rotation_trick": True}, ValueError, "at most one of straight_through, rotation_trick"),
+    ({"directional_reparam": True}, ValueError, "directional_reparam=True needs threshold_ema_dead_code above 0"),
+    ({"vq_bridge": nn.Identity(), "learnable_codebook": False}, ValueError, "vq_bridge needs learnable_codebook=True"),
+    ({"vq_bridge": nn.Identity(), "ema_update": True}, ValueError, "learnable_codebook=True needs ema_update=False"),
+    ({"sync_update_v": 0.5}, ValueError, "sync_update_v=0.5 needs learnable_codebook=True"),
+    ({"sync_update_v": 1.5}, ValueError, "sync_update_v must be from 0 to 1; got 1.5"),
+    ({"affine_param": True, "use_cosine_sim": True}, ValueError, "affine_param=True needs use_cosine_sim=False"),
+    ({"sample_codebook_temp": -1.0}, ValueError, "sample_codebook_temp must be at least 0; got -1"),
+    ({"orthogonal_reg_max_codes": 0}, ValueError, "orthogonal_reg_max_codes must be at least 1; got 0"),
+    (
+        {"orthogonal_reg_active_codes_only": True, "heads": 2, "separate_codebook_per_head": True},
+        ValueError,
+        "orthogonal_reg_active_codes_only=True needs separate_codebook_per_head=False",
+    ),
+    (
+        {"accept_image_fmap": True, "accept_3d_fmap": True},
+        ValueError,
+        "accept_image_fmap=True needs accept_3d_fmap=False",
+    ),
+    (
+        {"in_place_codebook_optimizer": torch.optim.SGD},
+        ValueError,
+        "in_place_codebook_optimizer needs learnable_codebook",
+    ),
+    (
+        {"learnable_codebook": True, "ema_update": False, "straight_through": True},
+        ValueError,
+        "learnable_codebook=True needs straight_through=False",
     ),
 ]
 
@@ -100,6 +130,36 @@ BAD_CALLS = [
         ValueError,
         "lens needs x",
     ),
+    ({"heads": 2}, {"topk": 2}, ValueError, "topk needs heads=1; got 2"),
+    ({}, {"topk": 0}, ValueError, "topk must be at least 1; got 0"),
+    (
+        {"commitment_use_cross_entropy_loss": True},
+        {"topk": 2},
+        ValueError,
+        "topk needs commitment_use_cross_entropy_loss=False in training",
+    ),
+    ({}, {"sample_codebook_temp": -0.5}, ValueError, "sample_codebook_temp must be at least 0; got -0.5"),
+    (
+        {},
+        {"ema_update_weight": torch.ones(3)},
+        ValueError,
+        "ema_update_weight must have shape (13,) or (1, 13); got (3,)",
+    ),
+    (
+        {},
+        {"codebook_transform_fn": lambda codes: codes},
+        ValueError,
+        "codebook_transform_fn must return shape (1, 3, 11, 13, 7); got (1, 13, 7)",
+    ),
+    ({}, {"indices": torch.full((3, 11), 13)}, ValueError, "indices must be below codebook_size = 13; got 13"),
+    ({}, {"indices": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, "indices must have shape (3, 11); got (3, 5)"),
+    ({}, {"indices": torch.zeros(3, 11)}, TypeError, "indices must be int64 or int32; got torch.float32"),
+    (
+        {"accept_3d_fmap": True},
+        {"x": torch.zeros(3, 7, 5, 5)},
+        ValueError,
+        "as accept_3d_fmap asks, with dim = 7; got (3, 7, 5, 5)",
+    ),
 ]
 
 
@@ -137,21 +197,18 @@ def test_bad_codebooks() -> None:
 
 def test_attributes_that_people_read() -> None:
     ours, theirs = pair(heads=2, codebook_dim=3, channel_last=False, commitment_weight=0.5, eps=1e-4)
-    for name in (
-        *(
-            "dim",
-            "codebook_size",
-            "heads",
-            "eps",
-            "channel_last",
-            "has_projections",
-            "learnable_codebook",
-            "ema_update",
-        ),
-        *("commitment_weight", "rotation_trick", "freeze_codebook", "use_cosine_sim", "separate_codebook_per_head"),
-        *("accept_image_fmap",),
-    ):
+    for name, value in vars(theirs).items():
+        if not name.startswith("_") and name != "training":
+            assert getattr(ours, name) == value, name
+    for name in ("ema_update", "has_projections"):
         assert getattr(ours, name) == getattr(theirs, name), name
+    public = {name for name in dir(theirs) if not name.startswith("_")} - set(dir(nn.Module))
+    assert public - set(dir(ours)) == set()
+    book, other = ours._codebook, theirs._codebook
+    for name in ("codebook_size", "num_codebooks", "kmeans_iters", "decay", "eps", "threshold_ema_dead_code"):
+        assert getattr(book, name) == getattr(other, name), name
+    for name in ("reset_cluster_size", "learnable_codebook", "use_cosine_sim", "has_dead_code_replacement"):
+        assert getattr(book, name) == getattr(other, name), name
     assert "codebook_dim=3" in repr(ours)
 
 

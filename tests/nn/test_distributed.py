@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ CASES: dict[str, dict[str, Any]] = {
     "cosine": {"use_cosine_sim": True},
     "k-means": {"kmeans_init": True},
     "dead codes": {"threshold_ema_dead_code": 2.9},
+    "k-means, told not to agree": {"kmeans_init": True, "sync_kmeans": False},
+    "affine": {"affine_param": True, "sync_affine_param": True, "sync_codebook": True},
+    "in place": {
+        "learnable_codebook": True,
+        "ema_update": False,
+        "in_place_codebook_optimizer": partial(torch.optim.SGD, lr=1.0),
+    },
     "everything": {"kmeans_init": True, "threshold_ema_dead_code": 3, "heads": 2, "separate_codebook_per_head": True},
 }
 
@@ -25,8 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
 def train(case: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     """Three steps on this process's part of the same batches."""
     torch.manual_seed(0)
-    layer = fastvq.VectorQuantize(DIM, 11, **CASES[case])
-    if not CASES[case].get("kmeans_init"):
+    layer = fastvq.VectorQuantize(DIM, 11, **(CASES | APART)[case])
+    if not (CASES | APART)[case].get("kmeans_init"):
         give_codes(layer)
     torch.manual_seed(1 + rank)
     for seed in range(3):
@@ -35,10 +43,16 @@ def train(case: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     return dict(layer.state_dict())
 
 
+APART: dict[str, dict[str, Any]] = {
+    "not synchronised": {"sync_codebook": False},
+    "k-means as before": {"kmeans_init": True, "sync_kmeans": False, "strict_compat": True},
+}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    torch.save({case: train(case, rank, WORLD) for case in CASES}, f"{folder}/{rank}.pt")
+    torch.save({case: train(case, rank, WORLD) for case in CASES | APART}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -56,7 +70,12 @@ def test_the_same_on_every_process(case: str, states: list[dict[str, dict[str, t
         assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["ema", "cosine"])
+@pytest.mark.parametrize("case", APART)
+def test_each_its_own_where_asked_for(case: str, states: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    assert not torch.equal(states[0][case]["_codebook.embed"], states[1][case]["_codebook.embed"])
+
+
+@pytest.mark.parametrize("case", ["ema", "cosine", "affine", "in place"])
 def test_as_one_process_would(case: str, states: list[dict[str, dict[str, torch.Tensor]]]) -> None:
     alone = train(case, 0, 1)
     for name, value in states[0][case].items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -131,7 +133,22 @@ def test_the_gradient_is_of_the_codes_that_were_used(options: dict[str, object])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("options", [{}, {"kmeans_init": True, "threshold_ema_dead_code": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kmeans_init": True, "threshold_ema_dead_code": 3},
+        {"stochastic_sample_codes": True, "straight_through": True, "rotation_trick": False},
+        {"commitment_use_cross_entropy_loss": True, "affine_param": True},
+        {"learnable_codebook": True, "ema_update": False, "threshold_ema_dead_code": 3},
+        {
+            "learnable_codebook": True,
+            "ema_update": False,
+            "in_place_codebook_optimizer": partial(torch.optim.SGD, lr=1),
+        },
+    ],
+    ids=",".join,
+)
 def test_activation_checkpointing_learns_once(reentrant: bool, options: dict[str, object]) -> None:
     """The peer moves its averages in the recomputation too, and takes the gradient from other codes."""
     plain, checkpointed = (pair(decay=0.5, **options)[0] for _ in range(2))
@@ -146,6 +163,7 @@ def test_activation_checkpointing_learns_once(reentrant: bool, options: dict[str
                 quantized, _, loss = checkpoint(layer, x, use_reentrant=reentrant)
             (quantized.sin().sum() + loss).backward()
             found.append({"x": x.grad, "loss": loss.detach()} | layer.state_dict())
+            found[-1] |= {f"grad {name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
         assert_same(found[1], found[0], rtol=0, atol=0)
 
 
@@ -171,3 +189,71 @@ def test_a_projection_is_trained_though_the_input_is_fixed() -> None:
     layer, _ = pair(codebook_dim=3, commitment_weight=0.0)
     layer(torch.randn(50, DIM))[0].sin().sum().backward()
     assert layer.project_in.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cosine_sim": True},
+        {"kmeans_init": True},
+        {"affine_param": True},
+        {"heads": 2, "codebook_dim": DIM, "separate_codebook_per_head": True},
+        {"threshold_ema_dead_code": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_row_that_is_not_finite_does_not_poison_the_codebook(options: dict[str, object], dtype: torch.dtype) -> None:
+    """The peer's codebook is NaN from then on; here nothing is learnt from the row, and the others lose nothing."""
+    layer, twin = pair(**options)[0], pair(**options)[0]
+    x = torch.randn(3, 20, DIM).to(dtype).to(torch.float32 if "heads" in options else dtype)
+    kept = torch.ones(3, 20, dtype=torch.bool)
+    kept[0, 3] = kept[2, 7] = False
+    broken = x.clone()
+    broken[0, 3, 2], broken[2, 7] = torch.nan, torch.inf
+    for _ in range(2):
+        results = []
+        for learner, rows, mask in ((layer, broken, None), (twin, x, kept)):
+            torch.manual_seed(0)
+            results.append(learner(rows, mask=mask))
+        assert all(value.isfinite().all() for value in layer.state_dict().values())
+        if "threshold_ema_dead_code" not in options:  # draws differ
+            assert torch.equal(results[0][0][kept], results[1][0][kept])
+            assert torch.equal(results[0][1][kept], results[1][1][kept])
+            assert_same(layer.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert not results[0][2].isfinite()
+
+
+def test_usage_and_perplexity_of_the_last_step() -> None:
+    layer, _ = pair(heads=2, codebook_dim=3, separate_codebook_per_head=True)
+    assert layer.codebook_usage.tolist() == [0, 0]
+    assert layer.perplexity.tolist() == [1, 1]
+    for options in ({}, {"freeze_codebook": True}):
+        x = torch.randn(3, 20, DIM)
+        mask = torch.rand(3, 20) < 0.7
+        _, indices, _ = layer(x, mask=mask, **options)
+        if not options:
+            chances = torch.stack([torch.bincount(head, minlength=CODES) for head in indices[mask].t()]) / mask.sum()
+        torch.testing.assert_close(layer.codebook_usage, (chances > 0).float().mean(1))
+        torch.testing.assert_close(layer.perplexity, torch.exp(-torch.xlogy(chances, chances).sum(1)))
+    layer.eval()(torch.randn(3, 20, DIM))
+    torch.testing.assert_close(layer.codebook_usage, (chances > 0).float().mean(1))
+    assert "counts" not in "".join(layer.state_dict())
+    learnable, _ = pair(learnable_codebook=True, ema_update=False)
+    learnable.codebook = torch.randn(CODES, DIM)
+    learnable(learnable.codebook.detach())
+    assert (learnable.codebook_usage.shape, learnable.codebook_usage.item()) == ((), 1)
+    assert learnable.perplexity.item() == pytest.approx(CODES, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"heads": 2, "codebook_dim": 3}], ids=str)
+def test_autocast_does_not_touch_the_search_nor_the_losses(options: dict[str, object]) -> None:
+    layer, _ = pair(codebook_diversity_loss_weight=0.1, freeze_codebook=True, **options)
+    x = torch.randn(3, 20, layer.heads * layer._codebook.embed.shape[-1])
+    layer.project_in, layer.project_out, layer.has_projections = nn.Identity(), nn.Identity(), False
+    layer.layout = dataclasses.replace(layer.layout, dim=x.shape[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)
+    for mine, other in zip(narrow, layer(x), strict=True):
+        assert torch.equal(mine, other)
