@@ -99,21 +99,20 @@ class FSQ(MixedRadix):
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """z (..., d) to codes on the integer grid, over half the number of levels (section 3.1 of the paper)."""
         half_width = self._levels // 2
-        reach = (self._levels - 1) * (1 + eps) / 2
+        steps = self._levels - 1
+        reach = torch.minimum(steps * (1 + eps), steps + 0.9992) / 2  # past half a step more there is no level
         offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
         middle = offset / reach
         bounded = (z + middle).clamp(-1.0, 1.0) if hard_clamp else (z + middle.atanh()).tanh()
         grid = bounded * reach - offset
-        rounded = grid.round().clamp(-half_width, self._levels - 1 - half_width)
-        return straight_through(grid / half_width, rounded / half_width).to(z.dtype)
+        return (straight_through(grid, grid.round()) / half_width).to(z.dtype)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """z (..., d) to codes 2 level / (L - 1) - 1, from -1 to 1."""
         steps = self._levels - 1
         bounded = z.clamp(-1.0, 1.0) if hard_clamp else z.tanh()
         position = steps * (bounded + 1) / 2 + 0.5
-        step = 2.0 / steps
-        return straight_through(position * step - 1.0, position.floor() * step - 1.0).to(z.dtype)
+        return (straight_through(position, position.floor()) * (2.0 / steps) - 1.0).to(z.dtype)
 
     def quantize(self, z: Tensor) -> Tensor:
         """z (..., d) to its codes, with the straight-through gradient."""
