@@ -19,6 +19,22 @@ Activation = Callable[[Tensor], Tensor]
 _UNIFORM_STD = 1 / math.sqrt(12)  # of a number that is uniform from 0 to 1
 
 
+def _tanh(z: Tensor) -> Tensor:
+    return (z.tanh() + 1.0) / 2.0
+
+
+def _tanh_inverse(p: Tensor) -> Tensor:
+    return (p * 2.0 - 1.0).atanh()
+
+
+def _normal(z: Tensor) -> Tensor:
+    return (1.0 + (z / math.sqrt(2)).erf()) / 2.0
+
+
+def _normal_inverse(p: Tensor) -> Tensor:
+    return (2.0 * p - 1.0).erfinv() * math.sqrt(2)
+
+
 def _laplace(z: Tensor) -> Tensor:
     return 0.5 * (1.0 + z.sign() * (1.0 - (-z.abs()).exp()))
 
@@ -27,16 +43,21 @@ def _laplace_inverse(p: Tensor) -> Tensor:
     return -(p - 0.5).sign() * (1.0 - 2.0 * (p - 0.5).abs()).log()
 
 
+def _cauchy(z: Tensor) -> Tensor:
+    return z.atan() / math.pi + 0.5
+
+
+def _cauchy_inverse(p: Tensor) -> Tensor:
+    return ((p - 0.5) * math.pi).tan()
+
+
 # Cumulative distribution functions and their inverses.
 ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
-    "tanh": (lambda z: (z.tanh() + 1.0) / 2.0, lambda p: (p * 2.0 - 1.0).atanh()),
+    "tanh": (_tanh, _tanh_inverse),
     "sigmoid": (torch.sigmoid, torch.logit),
-    "normal": (
-        lambda z: (1.0 + (z / math.sqrt(2)).erf()) / 2.0,
-        lambda p: (2.0 * p - 1.0).erfinv() * math.sqrt(2),
-    ),
+    "normal": (_normal, _normal_inverse),
     "laplace": (_laplace, _laplace_inverse),
-    "cauchy": (lambda z: z.atan() / math.pi + 0.5, lambda p: ((p - 0.5) * math.pi).tan()),
+    "cauchy": (_cauchy, _cauchy_inverse),
 }
 
 # The variance that each distribution has, and the weights of the deviations of the first four moments.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -343,6 +344,18 @@ def test_every_public_attribute_is_there(name: str) -> None:
         value = getattr(theirs, key, None)  # some of the peer's properties fail
         if isinstance(value, bool | int | float | str | torch.dtype):
             assert getattr(ours, key) == value, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_can_be_copied_and_pickled(name: str) -> None:
+    module = example(name, fastvq).eval()
+    shape = (2, 6) if name == "EvoLFQ" else next(shape for case, _, shape, _ in CASES if case == name)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        found = []
+        for layer in (module, twin):
+            torch.manual_seed(0)
+            found.append(observe(layer, torch.ones(shape)))
+        assert_agree(*found, rtol=0)
 
 
 def test_binary_mapper_methods() -> None:
