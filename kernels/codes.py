@@ -163,7 +163,8 @@ def pack_codes_kernel(
             operand, squares, losses = rounded(values, packed_ptr.dtype.element_ty)
             kept += squares
             lost += losses
-            target = packed_ptr + (head * size + place.to(tl.int64))[:, None] * WIDTH + dims[None, :]
+            target = tl.multiple_of(packed_ptr + head * size * WIDTH, 16)
+            target += place.to(tl.int64)[:, None] * WIDTH + dims[None, :]
             tl.store(target, operand, mask=(place < size)[:, None])
         norm, residual = norms(kept, lost, D, RAW)
         bias = tl.where(alive, 0.5 * kept if EUCLIDEAN else 0.0, FAR)

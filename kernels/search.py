@@ -159,7 +159,11 @@ def round_rows_kernel(
         operand, squares, losses = rounded(values, rounded_ptr.dtype.element_ty)
         kept += squares
         lost += losses
-        target = rounded_ptr + (head * N + rows)[:, None] * WIDTH + (start + tl.arange(0, CHUNK))[None, :]
+        target = (
+            tl.multiple_of(rounded_ptr + head * N * WIDTH, 16)
+            + rows[:, None] * WIDTH
+            + (start + tl.arange(0, CHUNK))[None, :]
+        )
         tl.store(target, operand, mask=alive[:, None])
     norm, residual = norms(kept, lost, D, RAW)
     figures = figures_ptr + (head * N + rows) * 3
@@ -244,7 +248,7 @@ def screen_kernel(
     scale = 1.0
     if not RAW:
         scale = code_scale(frame_ptr, head, WIDTH, CHUNK)
-    rounded_rows = rounded_ptr + (head * N + rows) * WIDTH
+    rounded_rows = tl.multiple_of(rounded_ptr + head * N * WIDTH, 16) + rows * WIDTH
     if ROUNDED:
         figures = figures_ptr + (head * N + rows) * 3
         row_scale = tl.load(figures, mask=alive, other=1.0)
@@ -268,9 +272,10 @@ def screen_kernel(
     first = split * share
     count = tl.minimum(segments - first, share)
     places = tl.arange(0, COLUMNS)
-    start = head * segments + first
-    codes = codes_ptr + (start * segment_size + places)[:, None] * WIDTH
-    bias = bias_ptr + start * segment_size + places
+    start = (head * segments + first) * segment_size
+    # What the host allocated starts on a boundary, and so does every row of it.
+    codes = tl.multiple_of(codes_ptr + start * WIDTH, 16) + places[:, None] * WIDTH
+    bias = tl.multiple_of(bias_ptr + start, 16) + places
     best = tl.full((ROWS, slots), FAR, tl.float32)
     second = tl.full((ROWS, slots), FAR, tl.float32)
     for segment in tl.range(0, count, num_stages=STAGES):
@@ -523,6 +528,9 @@ class Tiles(NamedTuple):
 
 
 _ROUNDED_FROM = 128  # at this padded width and above, rows are rounded by a kernel of their own: registers run out
+_RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
+_GATHERED = 512
+_PACKED = 16  # codes or rows of a program that rounds them
 _ROWS_STAY = ("sm_90", "sm_100", "sm_103")
 _CHUNK = 128  # dimensions of one product where the width is more than 256
 
@@ -603,18 +611,17 @@ def search(
     tiles = tiles_for(device, K, width)
     group = 2 * tiles.steps
     listed, queued, queue = screen(device, rows, codebook, euclidean, width, tiles, slack)
-    block = 16
     launch(
         rescore_kernel,
-        (triton.cdiv(N, block), heads),
+        (triton.cdiv(N, _RESCORED), heads),
         *[*where, codebook, listed, queue, queued, indices, distances, N, K, listed.shape[1]],
         D=D,
-        CHUNK=min(64, width),
+        CHUNK=min(width, _GATHERED // (_RESCORED * group)),
         GROUP=group,
         EUCLIDEAN=euclidean,
         DOUBLE=double,
         DISTANCES=return_distance,
-        ROWS=block,
+        ROWS=_RESCORED,
         num_warps=4,
         num_stages=1,
     )
@@ -643,7 +650,7 @@ def screen(
     segment = tiles.columns * tiles.steps
     segments = triton.cdiv(K, segment)
     size = segments * segment
-    parts = min(256, triton.cdiv(size, 64))
+    parts = min(256, triton.cdiv(size, _PACKED))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=codebook.device)
@@ -671,12 +678,12 @@ def screen(
         *[codebook, frame, codes, bias, bounds, K, size],
         D=D,
         WIDTH=width,
-        CHUNK=chunk,
+        CHUNK=min(width, 64),
         RAW=raw,
         EUCLIDEAN=euclidean,
         COLUMNS=tiles.columns,
         STEPS=tiles.steps,
-        BLOCK=64,
+        BLOCK=_PACKED,
         num_warps=4,
         num_stages=1,
     )
@@ -687,13 +694,13 @@ def screen(
     if by_kernel:
         launch(
             round_rows_kernel,
-            (triton.cdiv(N, 32), heads),
+            (triton.cdiv(N, _PACKED), heads),
             *[*where, frame, rounded_rows, figures, N],
             D=D,
             WIDTH=width,
-            CHUNK=chunk,
+            CHUNK=64,
             RAW=raw,
-            ROWS=32,
+            ROWS=_PACKED,
             num_warps=4,
             num_stages=1,
         )
