@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvq import functional
-from fastvq.choosing import nearest_codes, sample_codes
 from fastvq.nn import checks, losses
 from fastvq.nn.affine import AffineCodebook
+from fastvq.nn.choice import Call, Chosen, choose
 from fastvq.nn.codebook import Codebook, EmaWeight
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.directional import directional_reparam
@@ -20,31 +20,9 @@ from fastvq.nn.layout import Layout
 from fastvq.nn.losses import LossBreakdown
 from fastvq.nn.recompute import recomputing
 from fastvq.nn.rotation import rotate_gradient
-from fastvq.nn.straight_through import straight_through
-from fastvq.nn.transformed import TransformedCodes, TransformFn
+from fastvq.nn.rules import check_rules
+from fastvq.nn.transformed import TransformFn
 from fastvq.streaming import mean_code
-
-
-class _Call(NamedTuple):
-    """What one forward was asked for, with the defaults of the constructor filled in."""
-
-    topk: int | None
-    temperature: float
-    frozen: bool
-    transform: TransformFn | None
-    ema_weight: EmaWeight | None
-    accumulate: bool
-    ema_update: bool | None
-
-
-class _Chosen(NamedTuple):
-    """What the rows (H, B, T, D) have been given; with topk, k of each before D."""
-
-    indices: Tensor
-    passed: Tensor  # their codes, with the straight-through gradient
-    values: Tensor  # their codes, with the gradient to the codebook where it has one
-    commitment: Tensor  # the mean squared error, (), or of each row with topk
-    transformed: TransformedCodes | None
 
 
 class VectorQuantize(nn.Module):
@@ -198,40 +176,23 @@ class VectorQuantize(nn.Module):
             checks.whole("orthogonal_reg_max_codes", orthogonal_reg_max_codes, 1)
         if rotation_trick is None:
             rotation_trick = dim > 1 and not (directional_reparam or straight_through)
-        separate_heads = separate_codebook_per_head and heads > 1
-        for broken, message in (
-            (
-                straight_through + rotation_trick + directional_reparam > 1,
-                "at most one of straight_through, rotation_trick and directional_reparam may be True; got "
-                f"{straight_through}, {rotation_trick}, {directional_reparam}",
-            ),
-            (accept_image_fmap and accept_3d_fmap, "accept_image_fmap=True needs accept_3d_fmap=False; got True"),
-            (use_cosine_sim and learnable_codebook, "learnable_codebook=True needs use_cosine_sim=False; got True"),
-            (straight_through and learnable_codebook, "learnable_codebook=True needs straight_through=False; got True"),
-            (
-                ema_update and learnable_codebook,
-                "learnable_codebook=True needs ema_update=False: the codes have one teacher; got True",
-            ),
-            (
-                directional_reparam and not threshold_ema_dead_code,
-                "directional_reparam=True needs threshold_ema_dead_code above 0; got 0",
-            ),
-            (
-                vq_bridge is not None and not learnable_codebook,
-                "vq_bridge needs learnable_codebook=True; got False",
-            ),
-            (
-                sync_update_v > 0 and not learnable_codebook,
-                f"sync_update_v={sync_update_v} needs learnable_codebook=True; got False",
-            ),
-            (affine_param and use_cosine_sim, "affine_param=True needs use_cosine_sim=False; got True"),
-            (
-                orthogonal_reg_active_codes_only and separate_heads,
-                "orthogonal_reg_active_codes_only=True needs separate_codebook_per_head=False; got True",
-            ),
-        ):
-            if broken:
-                raise ValueError(message)
+        check_rules(
+            heads=heads,
+            separate_codebook_per_head=separate_codebook_per_head,
+            use_cosine_sim=use_cosine_sim,
+            threshold_ema_dead_code=threshold_ema_dead_code,
+            accept_image_fmap=accept_image_fmap,
+            accept_3d_fmap=accept_3d_fmap,
+            orthogonal_reg_active_codes_only=orthogonal_reg_active_codes_only,
+            straight_through=straight_through,
+            rotation_trick=rotation_trick,
+            directional_reparam=directional_reparam,
+            ema_update=ema_update,
+            vq_bridge=vq_bridge,
+            learnable_codebook=learnable_codebook,
+            affine_param=affine_param,
+            sync_update_v=sync_update_v,
+        )
 
         self.dim = dim
         self.codebook_size = codebook_size
@@ -538,7 +499,7 @@ class VectorQuantize(nn.Module):
         writes = book.writes(call.ema_update) or self.in_place_codebook_optimizer is not None
         codes = book.codes(changing=self.training and not call.frozen and writes)
         codes = codes.detach() if call.frozen else codes
-        chosen = self._choose(rows, row_mask, codes, call)
+        chosen = choose(book, layout, rows, row_mask, codes, call)
         if learns and not steps and call.topk is None:
             self._learn(rows, row_mask, chosen, call)
         quantized = self._with_gradient(rows, codes, chosen, call, x.requires_grad)
@@ -557,12 +518,12 @@ class VectorQuantize(nn.Module):
         if self.training:
             self._measure(parts, split, rows, row_mask, codes, chosen, call)
         loss = self._weighted(parts, chosen, row_mask, call)
-        index = chosen.indices if row_mask is None else chosen.indices.masked_fill(~self._over_k(row_mask, call), -1)
+        index = chosen.indices if row_mask is None else chosen.indices.masked_fill(~call.over_k(row_mask), -1)
         loss, *measured = (self._placed(t, x, call) if t.dim() else t for t in (loss, *parts.values()))
         index = self._placed(index, x, call)
         return (output, index, loss, LossBreakdown(*measured)) if return_loss_breakdown else (output, index, loss)
 
-    def _call(self, *, topk: int | None, temperature: float | None, frozen: bool | None, **rest: Any) -> _Call:
+    def _call(self, *, topk: int | None, temperature: float | None, frozen: bool | None, **rest: Any) -> Call:
         """The call with its defaults; ValueError where it asks for what does not go together."""
         if topk is not None:
             checks.whole("topk", topk, 1)
@@ -576,56 +537,15 @@ class VectorQuantize(nn.Module):
         temperature = self.sample_codebook_temp if temperature is None else temperature
         checks.number("sample_codebook_temp", temperature, 0.0)
         frozen = self.freeze_codebook if frozen is None else frozen
-        return _Call(topk, temperature, frozen, **rest)
+        draws = self.training and self.stochastic_sample_codes and temperature > 0
+        taught = self.training and self.learnable_codebook and not frozen
+        return Call(topk, temperature, draws, self.training, taught, frozen, **rest)
 
-    def _choose(self, rows: Tensor, mask: Tensor | None, codes: Tensor, call: _Call) -> _Chosen:
-        """Give each row (H, B, T, D) a code, or topk of them."""
-        book = self._codebook
-        taught = self.learnable_codebook and self.training and not call.frozen
-        draws = self.training and self.stochastic_sample_codes and call.temperature > 0
-        transformed = None
-        if call.transform is not None:
-            places = self.layout.by_place(rows)
-            transformed = TransformedCodes(call.transform, codes, places, cosine=self.use_cosine_sim)
-            picked = transformed.choose(call.topk or 1, call.temperature if draws else 0.0)
-            indices, values = (self.layout.from_places(t) for t in (picked, transformed.values(picked)))
-            if call.topk is None:
-                indices, values = indices.squeeze(-1), values.squeeze(-2)
-        elif call.topk is None and not draws:
-            weight = float(self.training and self.has_commitment_loss)
-            passed, indices, loss = functional.vector_quantize(
-                rows if self.training else rows.detach(),
-                codes if taught else codes.detach(),
-                metric=book.metric,
-                commitment_weight=weight,
-                codebook_weight=weight if taught else 0.0,
-                mask=mask,
-            )
-            if taught:
-                loss = loss - loss.detach() / 2  # one mean((x - q)^2), with the gradients of both its halves
-            attached = codes.requires_grad and torch.is_grad_enabled()
-            values = book.lookup(codes, indices).to(rows.dtype) if attached else passed.detach()
-            return _Chosen(indices, passed, values, loss, None)
-        else:
-            flat, k = rows.flatten(1, 2), call.topk or 1
-            indices = (
-                sample_codes(flat, codes, metric=book.metric, temperature=call.temperature, k=k)
-                if draws
-                else nearest_codes(flat, codes, k, metric=book.metric)
-            ).unflatten(1, rows.shape[1:3])
-            indices = indices.squeeze(-1) if call.topk is None else indices
-            values = book.lookup(codes, indices)
-        values = values.to(rows.dtype)
-        source = self._over_k(rows, call).expand_as(values)
-        errors = losses.commitment(source, values if taught else values.detach())
-        loss = losses.masked_mean(errors, mask) if call.topk is None else self._kept(errors, mask)
-        return _Chosen(indices, straight_through(source, values), values, loss, transformed)
-
-    def _with_gradient(self, rows: Tensor, codes: Tensor, chosen: _Chosen, call: _Call, routes: bool) -> Tensor:
+    def _with_gradient(self, rows: Tensor, codes: Tensor, chosen: Chosen, call: Call, routes: bool) -> Tensor:
         """The output in the layout of the rows, with the gradient that the constructor asks for."""
         if not self.training:
             return chosen.values
-        source = self._over_k(rows, call).expand_as(chosen.values)
+        source = call.over_k(rows).expand_as(chosen.values)
         routes = rows.requires_grad and self.route_gradients_to_input and (routes or not self.strict_compat)
         soft = self.straight_through and rows.requires_grad and call.temperature > 0 and call.topk is None
         if soft and not (routes and self.strict_compat):
@@ -647,7 +567,7 @@ class VectorQuantize(nn.Module):
             quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
         return quantized
 
-    def _learn(self, rows: Tensor, mask: Tensor | None, chosen: _Chosen, call: _Call) -> None:
+    def _learn(self, rows: Tensor, mask: Tensor | None, chosen: Chosen, call: Call) -> None:
         self._codebook.update(
             rows.detach(),
             chosen.indices,
@@ -657,14 +577,14 @@ class VectorQuantize(nn.Module):
             ema_update=call.ema_update,
         )
 
-    def _step_in_place(self, rows: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
+    def _step_in_place(self, rows: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """A step of the in-place optimizer on mean((sg[x] - q)^2), which is returned."""
         rows = rows.detach()
         # Its graph ends here: what it saves is not for activation checkpointing to count and make again.
         alone = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
         with torch.enable_grad(), alone:
             codes = self._codebook.codes(changing=True)
-            chosen = self._choose(rows, mask, codes, call)
+            chosen = choose(self._codebook, self.layout, rows, mask, codes, call)
             loss = losses.masked_mean(losses.commitment(rows, chosen.values), mask)
             self._learn(rows, mask, chosen, call)
             loss.backward()
@@ -681,8 +601,8 @@ class VectorQuantize(nn.Module):
         rows: Tensor,
         mask: Tensor | None,
         codes: Tensor,
-        chosen: _Chosen,
-        call: _Call,
+        chosen: Chosen,
+        call: Call,
     ) -> None:
         """Fill in the parts of the training loss that are asked for."""
         if self.has_commitment_loss:
@@ -707,13 +627,13 @@ class VectorQuantize(nn.Module):
             if self.orthogonal_reg_active_codes_only:
                 seen = chosen.indices
                 if mask is not None:
-                    seen = seen.masked_fill(~self._over_k(mask, call), -1)
+                    seen = seen.masked_fill(~call.over_k(mask), -1)
                 ones = rows.new_ones(1).expand(*seen.shape, 1)
                 counts, _ = functional.code_sums(ones, seen, self.codebook_size, per_head=True)
                 active = counts > 0
             parts["orthogonal_reg"] = losses.orthogonal(self._codebook.embed, active, self.orthogonal_reg_max_codes)
 
-    def _weighted(self, parts: dict[str, Tensor], chosen: _Chosen, mask: Tensor | None, call: _Call) -> Tensor:
+    def _weighted(self, parts: dict[str, Tensor], chosen: Chosen, mask: Tensor | None, call: Call) -> Tensor:
         """The loss: () or, with topk, that of each row."""
         if not self.training:
             if call.topk is None:
@@ -733,7 +653,7 @@ class VectorQuantize(nn.Module):
         return loss
 
     def _cross_entropy(
-        self, rows: Tensor, codes: Tensor, indices: Tensor, mask: Tensor | None, chosen: _Chosen
+        self, rows: Tensor, codes: Tensor, indices: Tensor, mask: Tensor | None, chosen: Chosen
     ) -> Tensor:
         if chosen.transformed is None:
             return losses.cross_entropy(rows, codes, indices, mask, metric=self._codebook.metric)
@@ -753,15 +673,7 @@ class VectorQuantize(nn.Module):
         """(B, N) in the layout of the rows, (H, B, T)."""
         return None if mask is None else self._index_rows(mask.unsqueeze(-1).expand(*mask.shape, self.heads))
 
-    def _over_k(self, values: Tensor, call: _Call) -> Tensor:
-        """Values (H, B, T, ...) with a dimension for the k codes of a row, where the call asks for several."""
-        return values if call.topk is None else values.unsqueeze(3)
-
-    def _kept(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Values (H, B, T, k), 0 where the mask (H, B, T) is False."""
-        return values if mask is None else torch.where(mask.unsqueeze(-1), values, 0.0)
-
-    def _placed(self, values: Tensor, x: Tensor, call: _Call) -> Tensor:
+    def _placed(self, values: Tensor, x: Tensor, call: Call) -> Tensor:
         """Indices or losses (H, B, T) by the places of x, with a last dimension heads; (1, B, T, k) with k last."""
         places = self.layout.places(x)
         if call.topk is not None:
