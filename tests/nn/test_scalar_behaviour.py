@@ -207,6 +207,54 @@ def test_one_row_has_finite_moments() -> None:
     assert x.grad.isfinite().all()
 
 
+def test_hierarchical_vq_learns_decodes_and_looks_at_no_padding() -> None:
+    torch.manual_seed(0)
+    layer = fastvq.HierarchicalVQ(dim=4, codebook_size=8, scales=[1, 2, 5, 10], quant_resi=0.1)
+    x, mask = torch.randn(8, 4, 10), torch.arange(10) < torch.randint(1, 11, (8, 1))
+    errors = []
+    for _ in range(20):
+        quantized, _, loss = layer(x, mask=mask)
+        errors.append(float((quantized - x)[mask.unsqueeze(1).expand_as(x)].square().mean().detach()))
+        assert loss.isfinite()
+    assert errors[-1] < errors[0]
+    layer.eval()
+    quantized, indices, _ = layer(x, mask=mask)
+    garbage = torch.where(mask.unsqueeze(1), x, torch.nan)
+    torch.testing.assert_close(layer(garbage, mask=mask)[:2], (quantized, indices))
+    decoded = layer.get_output_from_indices(indices)
+    torch.testing.assert_close(decoded.where(mask.unsqueeze(1), 0.0), quantized, rtol=1e-4, atol=1e-5)
+
+
+def test_nested_dropout_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last level that only the device knows gives what one does that the host knows."""
+    options = {"kmeans_init": False, "threshold_ema_dead_code": 0, "nested_dropout": 1.0}
+    layer = fastvq.HierarchicalVQ(dim=4, codebook_size=16, scales=[1, 2, 5], **options)
+    x, state = torch.randn(8, 4, 5), {name: value.clone() for name, value in layer.state_dict().items()}
+    outputs = []
+    for cutoff in (1, torch.tensor(1)):
+        layer.load_state_dict(state)
+        monkeypatch.setattr(layer, "sample_nested_cutoff", lambda device, cutoff=cutoff: cutoff)
+        quantized, _, loss = layer(x)
+        outputs.append((quantized, loss))
+    torch.testing.assert_close(*outputs)
+    monkeypatch.undo()
+    monkeypatch.setattr("fastvq.nn.hierarchical_vq.host_seed", lambda device: None)
+    drawn = torch.stack([layer.sample_nested_cutoff(x.device) for _ in range(100)])
+    assert drawn.unique().tolist() == [0, 1]
+
+
+def test_random_projections_are_the_paper_s() -> None:
+    """The nearest unit code of each projection, by hand; and no weight that could be trained."""
+    layer = fastvq.RandomProjectionQuantizer(dim=6, codebook_size=13, codebook_dim=4, num_codebooks=3)
+    assert list(layer.parameters()) == []
+    x = torch.randn(2, 7, 6)
+    rows = torch.einsum("bnd,hde->bnhe", nn.functional.layer_norm(x, (6,)), layer.rand_projs)
+    cosines = torch.einsum("bnhe,hke->bnhk", nn.functional.normalize(rows, dim=-1), layer.vq.codebook)
+    assert torch.equal(layer.train()(x), cosines.argmax(-1))
+    loss = nn.functional.cross_entropy(cosines.flatten(0, 2), (targets := torch.randint(13, (2, 7, 3))).flatten())
+    torch.testing.assert_close(layer(x, indices=targets), loss)
+
+
 FSQ, LFQ = {"levels": [8, 5]}, {"dim": 4}
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("FSQ", {"levels": [8, 2]}, "levels must be at least 3, or preserve_symmetry; got [8, 2]"),
@@ -244,6 +292,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "in_place_codebook_optimizer needs optimize_values=True; got False",
     ),
     ("BinaryMapper", {"bits": 0}, "bits must be at least 1; got 0"),
+    ("SimVQ", {"dim": 4, "codebook_size": 0}, "codebook_size must be at least 1; got 0"),
+    (
+        *("ResidualSimVQ", {"dim": 4, "codebook_size": 8, "num_quantizers": 2, "heads": 2}),
+        "heads must be 1 in a residual quantiser; got 2",
+    ),
+    ("HierarchicalVQ", {"dim": 4, "codebook_size": 8, "scales": [2, 1]}, "scales must not decrease; got [(2,), (1,)]"),
+    (
+        *("HierarchicalVQ", {"dim": 4, "codebook_size": (8, 9), "scales": [1, 2]}),
+        "codebook_size must be one number with shared_codebook; got (8, 9)",
+    ),
     (
         *("EvoLFQ", {"encoder": nn.Identity(), "decoder": nn.Identity(), "dim": 4, "pop_size": 3, "elitism_count": 3}),
         "pop_size must be more than elitism_count = 3; got 3",
