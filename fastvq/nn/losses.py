@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastvq import streaming
+from fastvq.backends.reference import working_dtype
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.sampling import random_order
 
@@ -66,7 +67,8 @@ def diversity(rows: Tensor, codes: Tensor, mask: Tensor | None, *, temperature: 
         temperature: factor of the logits.
         metric: "euclidean" or "cosine".
     """
-    kept = rows.new_ones(rows.shape[:-1], dtype=torch.float32) if mask is None else mask.to(torch.float32)
+    dtype = working_dtype(rows, codes)
+    kept = rows.new_ones(rows.shape[:-1], dtype=dtype) if mask is None else mask.to(dtype)
     many = kept.sum((0, 1))
     entropy = streaming.mean_choice_entropy(rows, codes, kept / many.clamp(min=1), metric=metric, scale=temperature)
     return -entropy.sum() / (many > 0).sum().clamp(min=1)
@@ -75,7 +77,7 @@ def diversity(rows: Tensor, codes: Tensor, mask: Tensor | None, *, temperature: 
 def dense_cross_entropy(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
     """`cross_entropy` from logits (H, B, T, K) that are there already."""
     targets = indices if mask is None else indices.masked_fill(~mask, -1)
-    total = functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, reduction="sum")
+    total = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
 
 
@@ -107,7 +109,7 @@ def orthogonal(codes: Tensor, active: Tensor | None, most: int | None) -> Tensor
         active = None if active is None else (torch.arange(most, device=codes.device) < available).expand(heads, -1)
         many = most
     unit = l2norm(codes)
-    count = torch.full((heads,), many, device=codes.device) if active is None else active.sum(-1)
+    count = unit.new_full((heads,), many) if active is None else active.sum(-1).to(unit.dtype)
     if active is not None:
         unit = unit * active.unsqueeze(-1)
     gram = unit.transpose(1, 2) @ unit if dim < many else unit @ unit.transpose(1, 2)

@@ -293,6 +293,52 @@ def test_strict_compat_is_as_before(options: dict[str, Any]) -> None:
         train_and_evaluate(strict_compat=False)
 
 
+def test_strict_compat_of_codes_from_indices() -> None:
+    padding = torch.tensor([[3, -1, 0]])
+    for options in ({}, {"affine_param": True}, {"codebook_dim": 3}):
+        layers = build(strict_compat=True, **options)
+        for layer in layers:
+            layer(torch.randn(BATCH, LENGTH, 6, generator=torch.Generator().manual_seed(0)))
+        for method in ("get_codes_from_indices", "get_output_from_indices"):
+            ours, theirs = (getattr(layer, method)(padding) for layer in layers)
+            torch.testing.assert_close(ours, theirs)
+            right = build(**options)[0]
+            right.load_state_dict(layers[0].state_dict())
+            assert not torch.allclose(getattr(right, method)(padding), theirs)
+
+
+def test_strict_compat_of_assigned_codes_and_empty_clusters() -> None:
+    x = torch.randn(BATCH, LENGTH, 6)
+    layers = build(strict_compat=True)
+    for layer in layers:
+        layer.codebook = torch.arange(78.0).view(13, 6)
+        layer(x)
+    assert_same(layers[0].state_dict(), layers[1].state_dict())
+    layers = build(strict_compat=True, kmeans_init=True)
+    for layer in layers:
+        layer.eval()(torch.full((BATCH, LENGTH, 6), 3.0))
+    assert_same(layers[0].state_dict(), layers[1].state_dict())
+    assert (layers[0].codebook == 0).all(1).any()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_fixed_input_before_a_projection(strict: bool) -> None:
+    """The gradient of `project_in` from the output: none there, but where it goes through a softmax."""
+    x = torch.randn(BATCH, LENGTH, 6)
+    for options in ({}, {"straight_through": True, "rotation_trick": False, "sample_codebook_temp": 0.7}):
+        found = []
+        for layer in build(
+            strict_compat=strict, codebook_dim=3, commitment_weight=0.0, freeze_codebook=True, **options
+        ):
+            layer(x)[0].sin().sum().backward()
+            found.append(layer.project_in.weight.grad)
+        if options:
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        else:
+            assert found[1] is None
+            assert (found[0] is None) == strict
+
+
 def test_methods_that_learn_outside_of_forward() -> None:
     """By the peer's names; on one sequence, since its `expire_codes_` draws from the first alone."""
     x = torch.randn(1, BATCH * LENGTH, 6)
