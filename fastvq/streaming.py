@@ -93,7 +93,7 @@ class Codes(NamedTuple):
             return
         # A logit is -scale * r with r = |x - c|, and the gradient of -r is (c - x) / r to x and (x - c) / r to c, none
         # where r was raised to its least value; scale / r = -scale^2 / logit.
-        least = logits.new_tensor(MIN_SQUARE).sqrt_().mul_(-self.scale)
+        least = logits.new_full((), MIN_SQUARE).sqrt_().mul_(-self.scale)
         grad.mul_(-self.scale * self.scale).div_(logits).masked_fill_(logits >= least, 0.0)
         to_rows.addmm_(grad, codes).addcmul_(rows, grad.sum(1, keepdim=True), value=-1)
         into.addmm_(grad.t(), rows).addcmul_(codes, grad.sum(0).unsqueeze(1), value=-1)

@@ -213,9 +213,11 @@ class Codebook(nn.Module):
         """
         kept = finite(rows, mask)
         if not self.writes(ema_update):
-            self.counts.copy_(self._sums(rows[..., :1], indices, kept)[0])
+            counts, _ = code_sums(rows[..., :1], indices, self.codebook_size, mask=kept, per_head=True)
+            self.counts.copy_(counts)
             return
-        counts, sums = self._sums(rows, indices, kept)
+        counts, sums = code_sums(rows, indices, self.codebook_size, mask=kept, per_head=True)
+        counts, sums = all_reduce_(counts, shared=self.shared), all_reduce_(sums, shared=self.shared)
         self.counts.copy_(counts)
         counts, sums = self.of_codes(counts, sums)
         if callable(weight):
@@ -228,11 +230,6 @@ class Codebook(nn.Module):
         follows = (self.ema_update if ema_update is None else ema_update) and not self.manual_ema_update
         self._move_averages(counts, sums, weight, follows)
         self.expire_codes_(rows, mask)
-
-    def _sums(self, rows: Tensor, indices: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """How many rows chose each code, (H, K), and their sums (H, K, D), over all processes."""
-        counts, sums = code_sums(rows, indices, self.codebook_size, mask=mask, per_head=True)
-        return all_reduce_(counts, shared=self.shared), all_reduce_(sums, shared=self.shared)
 
     def of_codes(self, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Counts and sums of rows, as those of the rows in the frame of `embed`."""
@@ -309,7 +306,7 @@ class Codebook(nn.Module):
 
     @property
     def usage(self) -> Tensor:
-        """The part of the codes that the last training step used, (H,)."""
+        """The part of the codes that the last training step used, (H,): by all processes if they share averages."""
         return (self.counts > 0).to(self.counts.dtype).mean(-1)
 
     @property
