@@ -116,4 +116,4 @@ def code_gradients(
             num_warps=tile.warps,
         )
 
-    add_up(by_code, gradients, factor, tile, add_differences)
+    add_up(by_code, gradients, factor, add_differences)
