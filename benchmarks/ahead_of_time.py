@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from fastvq.kernels import launch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastvq.backends import triton as backend
+from fastvq.backends.reference import working_dtype
 
 
 class Launch(NamedTuple):
@@ -78,6 +83,32 @@ def launches_of(arch: str, call: Callable[[], Any]) -> list[Launch]:
     with launch.taken_by(take, launch.DEVICES[arch]):
         call()
     return list(found)
+
+
+def operator_calls(x: Tensor, codebook: Tensor, metric: str, option: bool) -> list[Callable[[], Any]]:
+    """A call of every operator on rows (N, D) and codes (K, D); `option`: distances, a mask, a codebook a head.
+
+    The residual quantiser has eight codebooks.
+    """
+    heads, index_shape = ((1,), (1, *x.shape[:-1])) if option else ((), x.shape[:-1])
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    mask = torch.empty(index_shape, dtype=torch.bool, device=x.device) if option else None
+    of_heads = (x.view(*heads, *x.shape), codebook.view(*heads, *codebook.shape), indices.view(index_shape))
+    rows, codes, chosen = of_heads
+    sums = torch.empty(codes.shape, dtype=working_dtype(x), device=x.device)
+    counts = sums[..., 0].contiguous()
+    scalar = sums.new_empty(())
+    gradients = rows, codes, chosen, mask, 1.0, 0.5, True, True
+    codebooks = codebook.expand(8, *codebook.shape)
+    stages = torch.empty(*x.shape[:-1], 8, dtype=torch.int64, device=x.device)
+    return [
+        lambda: backend.search(x, codebook, metric, option, "exact"),
+        lambda: backend.vector_quantize(rows, codes, metric, 1.0, 0.5, mask),
+        lambda: backend.vector_quantize_backward(rows, scalar, *gradients),
+        lambda: backend.code_sums(rows, chosen, codebook.shape[0], mask, option),
+        lambda: backend.ema_update_(codes, counts, sums, counts, sums, 0.9, 1e-5),
+        lambda: backend.residual_quantize_backward(x, sums.new_empty(8), x, codebooks, stages, True, True),
+    ]
 
 
 def compiled(what: Launch) -> Any:

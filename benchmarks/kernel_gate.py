@@ -1,7 +1,7 @@
 """`python -m benchmarks.kernel_gate`: compile what the operators can launch for every device, and look at the code.
 
 The launches are those of a sweep over shapes, dtypes, strides and options, taken from the host code itself. By default
-a part of them is compiled, in which every value of every constant and every combination of dtypes comes up for each
+a part of them is compiled, in which every value of a constant and every dtype of an argument comes up for each
 kernel and device; with --all, every one. Faults: spilled registers, more shared memory than the device has, a matrix
 product without a tensor instruction.
 """
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from fastvq.kernels import launch
 
-from benchmarks.ahead_of_time import Launch, compiled, launches_of
+from benchmarks.ahead_of_time import Launch, compiled, launches_of, operator_calls
 from benchmarks.sass import listing_of, spills_of, tensor_instructions
-from fastvq.backends import triton as backend
 
 DIMS = (1, 3, 8, 16, 31, 32, 64, 100, 128, 256, 300, 512, 1024)
 SIZES = ((1, 1), (100, 1000), (4096, 1024), (65_536, 8192), (10_000_000, 65_536), (100_000, 1 << 20))
@@ -46,17 +45,17 @@ def calls() -> Iterator[Callable[[], Any]]:
     """A call of every operator for each shape and pair of dtypes; strides and options take turns."""
     turns = itertools.cycle(itertools.product(("euclidean", "cosine"), (False, True), range(3)))
     for d, (n, k), (x_dtype, code_dtype) in itertools.product(DIMS, SIZES, DTYPES):
-        metric, distances, layout = next(turns)
+        metric, option, layout = next(turns)
         x, codebook = list(layouts(n, d, x_dtype))[layout], torch.empty(k, d, dtype=code_dtype, device="meta")
-        yield lambda x=x, c=codebook, m=metric, wanted=distances: backend.search(x, c, m, wanted, "exact")
+        yield from operator_calls(x, codebook, metric, option)
 
 
 def features(what: Launch) -> set[tuple[Any, ...]]:
     """What a launch brings into a selection; not the constants that are but a number in the code."""
     constants = [(name, value) for name, value in what.named_constants.items() if name not in ("D", "BITS", "SLACK")]
-    types = tuple(kind for _, kind in what.signature)
-    other = [*what.options, ("types", types), ("aligned", bool(what.attributes))]
-    return {(what.arch, what.kernel.__name__, *pair) for pair in (*constants, *other)}
+    types = [(name, kind) for name, kind in what.signature if kind.startswith("*")]
+    others = [*types, *what.options, ("aligned", bool(what.attributes))]
+    return {(what.arch, what.kernel.__name__, *pair) for pair in (*constants, *others)}
 
 
 def covering(launches: list[Launch]) -> list[Launch]:
@@ -93,7 +92,8 @@ def _examine(what: Launch) -> tuple[Launch, list[str], float]:
     try:
         found = faults(what)
     except Exception as error:
-        found = [f"does not compile: {type(error).__name__}: {error}"]
+        lines = str(error).strip().splitlines() or [""]
+        found = [f"does not compile: {type(error).__name__}: {lines[-1]}"]
     return what, found, time.perf_counter() - start
 
 

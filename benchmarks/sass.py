@@ -289,8 +289,8 @@ def _hot_loop(listing: Listing, tensor: list[int]) -> frozenset[int]:
     return max(leaves, key=len, default=frozenset(range(len(listing.instructions))))
 
 
-def analyse(compiled: Any, arch: str, dim: int, elements: float | None = None) -> Report:
-    """Count the loop over codes of a compiled kernel.
+def analyse(compiled: Any, arch: str, dim: int = 0, elements: float | None = None) -> Report:
+    """Count the loop over codes of a compiled kernel; of one without a matrix product, its longest innermost loop.
 
     Args:
         compiled: Triton's CompiledKernel, of `ahead_of_time.compiled`.
@@ -307,7 +307,9 @@ def analyse(compiled: Any, arch: str, dim: int, elements: float | None = None) -
     weight = dict.fromkeys(loop, 1.0)
     counted = [_macs(listing.instructions[i], warps) for i in tensor if i in loop]
     known = None if None in counted else float(sum(m for m in counted if m is not None))
-    if elements is None:
+    if not tensor:
+        elements = 0.0
+    elif elements is None:
         if not known:
             raise ValueError(f"elements must be given for {arch}: the loop does not tell how much it multiplies")
         elements = known / dim
@@ -346,7 +348,7 @@ def analyse(compiled: Any, arch: str, dim: int, elements: float | None = None) -
         warps=blocks * warps,
         elements=elements,
         mix=dict(mix.most_common()),
-        alu=cycles["alu"] / machine.alu / quarter * warps * lanes / elements,
+        alu=cycles["alu"] / machine.alu / quarter * warps * lanes / elements if elements else 0.0,
         shuffles=mix["SHFL"],
         cycles=cycles,
     )

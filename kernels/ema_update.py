@@ -86,7 +86,7 @@ def update_kernel(
     count = tl.load(counts_ptr + head * counts_h + code * counts_k, mask=code < K, other=0.0).to(tl.float64)
     size = decay * size + (1 - decay) * count
     tl.store(at_size, narrow(size, size_ptr.dtype.element_ty), mask=code < K)
-    smoothed = (size + eps) / (total + K.to(tl.float64) * eps) * total
+    smoothed = (size + eps) / (total + K * eps) * total
 
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
