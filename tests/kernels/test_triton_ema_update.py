@@ -78,3 +78,12 @@ def test_codes_without_rows_stay_finite_and_a_dead_codebook_is_the_references():
     triton.ema_update_(*tensors, 0.99, 1e-5)
     assert tensors[0].isfinite().all()
     assert (tensors[1] < 0.01).tolist() == [True, True, False, True, True, True], "what a caller marks dead codes by"
+
+
+@pytest.mark.parametrize(("dtype", "bit"), [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_narrow_results_are_rounded_as_torch_rounds_them(dtype, bit):
+    """By way of float32, where the last bit is lost and a tie goes to even; at once it would go up."""
+    tensors = state(4, 1)
+    tensors[1] = tensors[1].to(dtype)
+    tensors[3] = torch.full((4,), 1 + 2.0**-bit + 2.0**-30, dtype=torch.float64)
+    check(tensors, decay=0.0)
