@@ -75,14 +75,16 @@ def device_of(t: Tensor) -> Device:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start `kernel` on the current device and stream: every launch passes here, so that `taken_by` sees it.
+    """Start `kernel` on the device of its first argument, on its current stream: every launch passes here.
 
-    `arguments` are the runtime ones in order; `options` the constexprs by name, num_warps and num_stages. Without
-    fused multiply-add unless a kernel asks for it by `tl.fma`: the contract rounds each operation on its own.
+    `arguments` are the runtime ones in order, a tensor first; `options` the constexprs by name, num_warps and
+    num_stages. Without fused multiply-add unless a kernel asks for it by `tl.fma`: the contract rounds each operation
+    on its own.
     """
     options["enable_fp_fusion"] = False
     taken = _taken.get()
     if taken is not None:
         taken[1](kernel, grid, *arguments, **options)
     else:
-        kernel[grid](*arguments, **options)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever the pointers say
+            kernel[grid](*arguments, **options)

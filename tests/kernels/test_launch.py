@@ -1,5 +1,7 @@
 """Launches: every one can be taken, and then nothing runs."""
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -22,3 +24,11 @@ def test_a_launch_runs_unless_it_is_taken():
     assert launch.device_of(out) is launch.INTERPRETER
     launch.launch(_fill_kernel, (1,), out, 5, BLOCK=8)
     assert (out == 1).all()
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: seen.append(t) or contextlib.nullcontext())
+    out = torch.zeros(5)
+    launch.launch(_fill_kernel, (1,), out, 5, BLOCK=8)
+    assert seen[0] is out
