@@ -120,8 +120,8 @@ def code_sums(
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in `search`; also for indices that are not int64 or that lie
-            at or past codebook_size, in a row that the mask leaves out too; backend "triton" fails a device-side assertion
-            instead, as torch does: an exception would take waiting for the device.
+            at or past codebook_size, in a row that the mask leaves out too. Backend "triton" fails a device-side
+            assertion instead, as torch does: an exception would take waiting for the device.
     """
     ops.check_tensors(x=x, indices=indices, **_given(mask=mask))
     ops.check_integers(codebook_size=codebook_size)
