@@ -11,7 +11,8 @@ autocast cannot lower their precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,27 +84,53 @@ class Codes(NamedTuple):
         square = products.mul_(-2).add_(self.squares[span]).add_(rows.square().sum(1, keepdim=True))
         return square.clamp_(min=MIN_SQUARE).sqrt_().mul_(-self.scale)
 
-    def pull_(self, grad: Tensor, logits: Tensor, rows: Tensor, span: slice, to_rows: Tensor, to_codes: Tensor) -> None:
+    def pull_(
+        self, grad: Tensor, logits: Tensor, rows: Tensor, span: slice, to_rows: Tensor, to_codes: Tensor | None
+    ) -> None:
         """Take the gradient (n, k) of `logits` to rows (n, D) and codes (K, D), adding; `grad` is overwritten."""
-        codes, into = self.values[span], to_codes[span]
+        codes = self.values[span]
         if not self.euclidean:
             grad.mul_(self.scale)
             to_rows.addmm_(grad, codes)
-            into.addmm_(grad.t(), rows)
+            if to_codes is not None:
+                to_codes[span].addmm_(grad.t(), rows)
             return
         # A logit is -scale * r with r = |x - c|, and the gradient of -r is (c - x) / r to x and (x - c) / r to c, none
         # where r was raised to its least value; scale / r = -scale^2 / logit.
         least = logits.new_full((), MIN_SQUARE).sqrt_().mul_(-self.scale)
         grad.mul_(-self.scale * self.scale).div_(logits).masked_fill_(logits >= least, 0.0)
         to_rows.addmm_(grad, codes).addcmul_(rows, grad.sum(1, keepdim=True), value=-1)
-        into.addmm_(grad.t(), rows).addcmul_(codes, grad.sum(0).unsqueeze(1), value=-1)
+        if to_codes is not None:
+            to_codes[span].addmm_(grad.t(), rows).addcmul_(codes, grad.sum(0).unsqueeze(1), value=-1)
 
     def log_partition(self, rows: Tensor) -> Tensor:
         """log sum_k exp(scale * logit) of each row, (n,)."""
         total = rows.new_full(rows.shape[:1], -torch.inf)
         for span in self.spans():
-            total = torch.logaddexp(total, self.logits(rows, span).logsumexp(1))
+            total = torch.logaddexp(total, _log_sum(self.logits(rows, span)))
         return total
+
+    def partition_and_blocks(self, rows: Tensor) -> tuple[Tensor, Iterable[tuple[slice, Tensor]]]:
+        """`log_partition` and then the logits of each span; made once where they are one block."""
+        if self.values.shape[0] > self.step:
+            return self.log_partition(rows), ((span, self.logits(rows, span)) for span in self.spans())
+        whole = slice(0, self.values.shape[0])
+        logits = self.logits(rows, whole)
+        return _log_sum(logits), [(whole, logits)]
+
+
+def _chances(logits: Tensor, partition: Tensor) -> Tensor:
+    """exp(logits - partition), (n, k), but not so little (1e-26 in float32) that it or its products are denormal, which
+    a CPU takes ten times as long over.
+    """
+    least = math.log(torch.finfo(logits.dtype).tiny * 1e12)
+    return (logits - partition.unsqueeze(1)).clamp_(min=least).exp_()
+
+
+def _log_sum(logits: Tensor) -> Tensor:
+    """log sum exp of logits (n, k), (n,), by `_chances`."""
+    largest = logits.amax(1)
+    return _chances(logits, largest).sum(1).log_().add_(largest)
 
 
 def parts(
@@ -139,14 +166,27 @@ def _like_work(x: Tensor, codes: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=working_dtype(x, codes))
 
 
-def _gradients(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros for the gradients of x and codes, in the working dtype."""
-    dtype = working_dtype(x, codes)
-    return torch.zeros(x.shape, dtype=dtype, device=x.device), torch.zeros(codes.shape, dtype=dtype, device=x.device)
+class _Gradients:
+    """The gradients of x and codes, in the working dtype; that of the codes only where it is needed."""
+
+    def __init__(self, x: Tensor, codes: Tensor, need_codes: bool) -> None:
+        self.dtypes = x.dtype, codes.dtype
+        dtype = working_dtype(x, codes)
+        self.x = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        self.codes = torch.zeros(codes.shape if need_codes else (0,), dtype=dtype, device=x.device)
+        self.need_codes = need_codes
+
+    def of_head(self, head: int) -> Tensor | None:
+        """The gradient of the codes of a head, (K, D), if it is needed."""
+        return self.codes[head] if self.need_codes else None
+
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """Both in the dtypes of their inputs; an empty tensor for one that is not needed."""
+        return self.x.to(self.dtypes[0]), self.codes.to(self.dtypes[1])
 
 
 def _gradients_fake(grad: Tensor, x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), codes.new_empty(codes.shape)
+    return x.new_empty(x.shape), codes.new_empty(codes.shape if rest[-1] else (0,))
 
 
 # ---- cross entropy ----------------------------------------------------------------------------------------------
@@ -161,7 +201,7 @@ def _cross_entropy(x: Tensor, codes: Tensor, targets: Tensor, metric: str, scale
         total, chosen = rows.new_full(target.shape, -torch.inf), rows.new_zeros(target.shape)
         for span in ready.spans():
             logits = ready.logits(rows, span)
-            total = torch.logaddexp(total, logits.logsumexp(1))
+            total = torch.logaddexp(total, _log_sum(logits))
             place, here = _within(target, span)
             chosen = torch.where(here, logits.gather(1, place).squeeze(1), chosen)
         partition[head, part] = total
@@ -177,19 +217,26 @@ def _within(target: Tensor, span: slice) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropy_backward(
-    grad: Tensor, x: Tensor, codes: Tensor, targets: Tensor, partition: Tensor, metric: str, scale: float
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    targets: Tensor,
+    partition: Tensor,
+    metric: str,
+    scale: float,
+    need_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    to_x, to_codes = _gradients(x, codes)
-    weights = grad.to(to_x.dtype).masked_fill(targets < 0, 0.0)
-    for head, part, ready, rows in parts(x, codes, metric, scale, to_x.dtype):
+    to = _Gradients(x, codes, need_codes)
+    weights = grad.to(to.x.dtype).masked_fill(targets < 0, 0.0)
+    for head, part, ready, rows in parts(x, codes, metric, scale, to.x.dtype):
         for span in ready.spans():
             logits = ready.logits(rows, span)
-            grad_logits = (logits - partition[head, part].unsqueeze(1)).exp_()
+            grad_logits = _chances(logits, partition[head, part])
             place, here = _within(targets[head, part], span)
             grad_logits.scatter_add_(1, place, here.to(rows.dtype).neg_().unsqueeze(1))
             grad_logits.mul_(weights[head, part].unsqueeze(1))
-            ready.pull_(grad_logits, logits, rows, span, to_x[head, part], to_codes[head])
-    return to_x.to(x.dtype), to_codes.to(codes.dtype)
+            ready.pull_(grad_logits, logits, rows, span, to.x[head, part], to.of_head(head))
+    return to.rounded()
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -201,9 +248,9 @@ def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _cross_entropy_grad(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, codes, targets, partition = ctx.saved_tensors
     to_x, to_codes = torch.ops.fastvq.code_cross_entropy_backward(
-        grad, x, codes, targets, partition, ctx.metric, ctx.scale
+        grad, x, codes, targets, partition, ctx.metric, ctx.scale, ctx.needs_input_grad[1]
     )
-    return to_x, to_codes, None, None, None
+    return to_x, to_codes if ctx.needs_input_grad[1] else None, None, None, None
 
 
 register(
@@ -213,7 +260,7 @@ register(
 )
 register(
     "code_cross_entropy_backward(Tensor grad, Tensor x, Tensor codes, Tensor targets, Tensor partition, str metric,"
-    " float scale) -> (Tensor, Tensor)",
+    " float scale, bool need_codes) -> (Tensor, Tensor)",
     _cross_entropy_backward,
     _gradients_fake,
 )
@@ -246,18 +293,22 @@ class _Positions:
     def __init__(self, x: Tensor, part: slice, codes: list[Codes], weights: Tensor) -> None:
         self.codes, self.weights = codes, weights[:, :, part]
         self.rows = [book.rows(x[head, :, part].flatten(0, 1)) for head, book in enumerate(codes)]
+        self.found = [book.partition_and_blocks(rows) for book, rows in zip(codes, self.rows, strict=True)]
 
-    def blocks(self, partition: Tensor) -> Iterator[tuple[slice, list[Tensor], list[Tensor], Tensor]]:
+    def blocks(self) -> Iterator[tuple[slice, list[Tensor], list[Tensor], Tensor]]:
         """Of each span of codes: logits and chances by head, (G * p, k) and (G, p, k); their weighted sum (p, k)."""
         groups = self.weights.shape[1]
-        for span in self.codes[0].spans():
-            logits = [book.logits(rows, span) for book, rows in zip(self.codes, self.rows, strict=True)]
+        for by_head in zip(*(blocks for _, blocks in self.found), strict=True):
+            span, logits = by_head[0][0], [at for _, at in by_head]
             chances = [
-                (at.unflatten(0, (groups, -1)) - total.unsqueeze(2)).exp_()
-                for at, total in zip(logits, partition, strict=True)
+                _chances(at, total).unflatten(0, (groups, -1))
+                for at, (total, _) in zip(logits, self.found, strict=True)
             ]
-            summed = [torch.einsum("gp,gpk->pk", w, p) for w, p in zip(self.weights, chances, strict=True)]
-            yield span, logits, chances, torch.stack(summed).sum(0)
+            mean = torch.zeros_like(chances[0][0])
+            for weights, p in zip(self.weights, chances, strict=True):
+                for weight, row in zip(weights, p, strict=True):
+                    mean.addcmul_(row, weight.unsqueeze(1))
+            yield span, logits, chances, mean
 
 
 def _positions(
@@ -275,60 +326,64 @@ def _slope(mean: Tensor) -> Tensor:
     return -(mean.clamp(min=MIN_PROBABILITY).log() + (mean >= MIN_PROBABILITY).to(mean.dtype))
 
 
-def _entropy(x: Tensor, codes: Tensor, weights: Tensor, metric: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    entropy = _like_work(x, codes, weights.shape[2]).zero_()
-    partition, tilt = (_like_work(x, codes, *weights.shape).zero_() for _ in range(2))
+def _entropy(x: Tensor, codes: Tensor, weights: Tensor, metric: str, scale: float) -> tuple[Tensor, Tensor]:
+    entropy, tilt = _like_work(x, codes, weights.shape[2]).zero_(), _like_work(x, codes, *weights.shape).zero_()
     for part, here in _positions(x, codes, weights, metric, scale, entropy.dtype):
-        for head, (book, rows) in enumerate(zip(here.codes, here.rows, strict=True)):
-            partition[head, :, part] = book.log_partition(rows).view(weights.shape[1], -1)
-        for _, _, chances, mean in here.blocks(partition[:, :, part]):
+        for _, _, chances, mean in here.blocks():
             entropy[part] -= (mean * mean.clamp(min=MIN_PROBABILITY).log()).sum(1)
             slope = _slope(mean)
             for head, p in enumerate(chances):
-                tilt[head, :, part] += (p * slope).sum(2)
-    return entropy, partition, tilt
+                tilt[head, :, part] += torch.linalg.vecdot(p, slope)
+    return entropy, tilt
 
 
 def _entropy_backward(
-    grad: Tensor, x: Tensor, codes: Tensor, weights: Tensor, partition: Tensor, tilt: Tensor, metric: str, scale: float
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    weights: Tensor,
+    tilt: Tensor,
+    metric: str,
+    scale: float,
+    need_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    to_x, to_codes = _gradients(x, codes)
-    for part, here in _positions(x, codes, weights, metric, scale, to_x.dtype):
+    to = _Gradients(x, codes, need_codes)
+    for part, here in _positions(x, codes, weights, metric, scale, to.x.dtype):
         pulled = [torch.zeros_like(rows) for rows in here.rows]
         pull = (here.weights * grad[part]).unsqueeze(3)
-        for span, logits, chances, mean in here.blocks(partition[:, :, part]):
+        for span, logits, chances, mean in here.blocks():
             slope = _slope(mean)
             for head, p in enumerate(chances):
                 grad_logits = (slope - tilt[head, :, part].unsqueeze(2)).mul_(p).mul_(pull[head]).flatten(0, 1)
-                here.codes[head].pull_(grad_logits, logits[head], here.rows[head], span, pulled[head], to_codes[head])
+                here.codes[head].pull_(grad_logits, logits[head], here.rows[head], span, pulled[head], to.of_head(head))
         for head, to_rows in enumerate(pulled):
-            to_x[head, :, part] = to_rows.view(x.shape[1], -1, x.shape[-1])
-    return to_x.to(x.dtype), to_codes.to(codes.dtype)
+            to.x[head, :, part] = to_rows.view(x.shape[1], -1, x.shape[-1])
+    return to.rounded()
 
 
 def _entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codes, weights, ctx.metric, ctx.scale = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, codes, weights, *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, codes, weights, output[1])
 
 
-def _entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    to_x, to_codes = torch.ops.fastvq.code_entropy_backward(grad, *ctx.saved_tensors, ctx.metric, ctx.scale)
-    return to_x, to_codes, None, None, None
+def _entropy_grad(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    need_codes = ctx.needs_input_grad[1]
+    to_x, to_codes = torch.ops.fastvq.code_entropy_backward(grad, *ctx.saved_tensors, ctx.metric, ctx.scale, need_codes)
+    return to_x, to_codes if need_codes else None, None, None, None
 
 
 register(
-    "code_entropy(Tensor x, Tensor codes, Tensor weights, str metric, float scale) -> (Tensor, Tensor, Tensor)",
+    "code_entropy(Tensor x, Tensor codes, Tensor weights, str metric, float scale) -> (Tensor, Tensor)",
     _entropy,
     lambda x, codes, weights, metric, scale: (
         _like_work(x, codes, weights.shape[2]),
         _like_work(x, codes, *weights.shape),
-        _like_work(x, codes, *weights.shape),
     ),
 )
 register(
-    "code_entropy_backward(Tensor grad, Tensor x, Tensor codes, Tensor weights, Tensor partition, Tensor tilt,"
-    " str metric, float scale) -> (Tensor, Tensor)",
+    "code_entropy_backward(Tensor grad, Tensor x, Tensor codes, Tensor weights, Tensor tilt, str metric, float scale,"
+    " bool need_codes) -> (Tensor, Tensor)",
     _entropy_backward,
     _gradients_fake,
 )
@@ -359,28 +414,36 @@ def mean_choice_entropy(x: Tensor, codes: Tensor, weights: Tensor, *, metric: st
 def _mean_code(x: Tensor, codes: Tensor, metric: str, scale: float) -> tuple[Tensor, Tensor]:
     mean, partition = _like_work(x, codes, *x.shape), _like_work(x, codes, *x.shape[:-1])
     for head, part, ready, rows in parts(x, codes, metric, scale, mean.dtype):
-        total = ready.log_partition(rows)
+        total, blocks = ready.partition_and_blocks(rows)
         out = ready.mean.repeat(rows.shape[0], 1)
-        for span in ready.spans():
-            out.addmm_((ready.logits(rows, span) - total.unsqueeze(1)).exp_(), ready.values[span])
+        for span, logits in blocks:
+            out.addmm_(_chances(logits, total), ready.values[span])
         mean[head, part], partition[head, part] = out, total
     return mean, partition
 
 
 def _mean_code_backward(
-    grad: Tensor, x: Tensor, codes: Tensor, mean: Tensor, partition: Tensor, metric: str, scale: float
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    mean: Tensor,
+    partition: Tensor,
+    metric: str,
+    scale: float,
+    need_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    to_x, to_codes = _gradients(x, codes)
-    for head, part, ready, rows in parts(x, codes, metric, scale, to_x.dtype):
-        pull = grad[head, part].to(to_x.dtype)
+    to = _Gradients(x, codes, need_codes)
+    for head, part, ready, rows in parts(x, codes, metric, scale, to.x.dtype):
+        pull = grad[head, part].to(to.x.dtype)
         at_mean = (pull * (mean[head, part] - ready.mean)).sum(1, keepdim=True)
         for span in ready.spans():
             logits = ready.logits(rows, span)
-            chances = (logits - partition[head, part].unsqueeze(1)).exp_()
-            to_codes[head, span].addmm_(chances.t(), pull)
+            chances = _chances(logits, partition[head, part])
+            if need_codes:
+                to.codes[head, span].addmm_(chances.t(), pull)
             grad_logits = (pull @ ready.values[span].t()).sub_(at_mean).mul_(chances)
-            ready.pull_(grad_logits, logits, rows, span, to_x[head, part], to_codes[head])
-    return to_x.to(x.dtype), to_codes.to(codes.dtype)
+            ready.pull_(grad_logits, logits, rows, span, to.x[head, part], to.of_head(head))
+    return to.rounded()
 
 
 def _mean_code_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -390,8 +453,9 @@ def _mean_code_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _mean_code_grad(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    to_x, to_codes = torch.ops.fastvq.mean_code_backward(grad, *ctx.saved_tensors, ctx.metric, ctx.scale)
-    return to_x, to_codes, None, None
+    need_codes = ctx.needs_input_grad[1]
+    to_x, to_codes = torch.ops.fastvq.mean_code_backward(grad, *ctx.saved_tensors, ctx.metric, ctx.scale, need_codes)
+    return to_x, to_codes if need_codes else None, None, None
 
 
 register(
@@ -400,8 +464,8 @@ register(
     lambda x, codes, metric, scale: (_like_work(x, codes, *x.shape), _like_work(x, codes, *x.shape[:-1])),
 )
 register(
-    "mean_code_backward(Tensor grad, Tensor x, Tensor codes, Tensor mean, Tensor partition, str metric, float scale)"
-    " -> (Tensor, Tensor)",
+    "mean_code_backward(Tensor grad, Tensor x, Tensor codes, Tensor mean, Tensor partition, str metric, float scale,"
+    " bool need_codes) -> (Tensor, Tensor)",
     _mean_code_backward,
     _gradients_fake,
 )
