@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-TURN = 0.04  # seconds: long beside the microseconds for which another's threads still spin
+TURN = 0.15  # seconds: long beside the milliseconds for which another's threads may still spin
+MANY = 5  # calls of a turn, from which on the first does not count
 
 Turn = Callable[[], list[float]]  # some calls of one contender, milliseconds each
 
@@ -28,12 +29,12 @@ class Work:
         return (time.perf_counter() - start) * 1e3
 
     def turn(self) -> list[float]:
-        """Calls for `TURN` seconds; the first, which finds the caches as another left them, counts only if alone."""
+        """Calls for `TURN` seconds. Among many the first does not count: it finds the caches as another left them."""
         deadline = time.perf_counter() + TURN
         times = [self.once()]
         while time.perf_counter() < deadline:
             times.append(self.once())
-        return times[1:] or times
+        return times[1:] if len(times) >= MANY else times
 
 
 def interleave(turns: Mapping[str, Turn], seconds: float, rounds: int = 3) -> dict[str, list[float]]:

@@ -89,13 +89,13 @@ def test_percentiles_are_nearest_ranks():
 
 
 def test_what_happens_before_a_call_is_not_timed_and_the_first_call_is_left_out(monkeypatch):
-    monkeypatch.setattr(timing, "TURN", 0.05)
+    monkeypatch.setattr(timing, "TURN", 0.1)
     calls = []
-    work = timing.Work(lambda: calls.append("call"), lambda: (calls.append("before"), torch.randn(1000, 1000)))
+    work = timing.Work(lambda: calls.append("call"), lambda: (calls.append("before"), torch.randn(200, 200)))
     times = work.turn()
     assert calls[:4] == ["before", "call", "before", "call"]
     assert len(times) == len(calls) / 2 - 1
-    assert sorted(times)[len(times) // 2] < 1
+    assert len(timing.Work(lambda: calls.append(time.sleep(0.04))).turn()) <= 3
 
 
 def test_a_worker_answers_prints_elsewhere_and_tells_what_failed():
