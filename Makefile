@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/* setup.py pyproject.toml constraints.txt)
 
-.PHONY: demo test soak bench lint format clean
+.PHONY: demo test soak bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: $(SOURCES)
@@ -31,6 +31,11 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.bench_modules
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.plot
+
+# Where there is a GPU: right, captured, in sync and how fast, in ten minutes, offline, with the Python that is there
+# (make gpu-check PYTHON=...). DRY=1 does the same on the CPU.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(DRY),--dry)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

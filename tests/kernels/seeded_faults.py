@@ -1,0 +1,41 @@
+"""Kernels that the gate must find fault with; run by test_ahead_of_time.py in a process without the interpreter."""
+
+import json
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.ahead_of_time import specialise
+from benchmarks.kernel_gate import faults
+
+
+@triton.jit
+def product_kernel(x, y, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr):
+    row, column, dim = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DIM)
+    a = tl.load(x + row[:, None] * DIM + dim[None, :])
+    b = tl.load(y + column[None, :] * DIM + dim[:, None])
+    dots = tl.dot(a, b, input_precision="ieee")
+    tl.store(out + row[:, None] * COLUMNS + column[None, :], dots - tl.max(dots))  # all are alive until the last
+
+
+def found(arch, dtype, rows, columns, dim):
+    """The faults of a product of that size by one warp group."""
+    x, y = (torch.empty(1 << 16, dtype=dtype, device="meta") for _ in range(2))
+    out = torch.empty(1 << 16, device="meta")
+    return faults(
+        specialise(arch, product_kernel, x, y, out, ROWS=rows, COLUMNS=columns, DIM=dim, num_warps=4, num_stages=1)
+    )
+
+
+CASES = {
+    "sound": ("sm_90", torch.float16, 64, 64, 64),
+    "float32 needs no tensor instruction": ("sm_90", torch.float32, 16, 16, 16),
+    "too few rows for a warp group": ("sm_90", torch.float16, 16, 64, 64),
+    "too many registers": ("sm_80", torch.float16, 256, 256, 64),
+    "too many registers on AMD": ("gfx942", torch.float16, 512, 256, 32),
+    "too much shared memory": ("sm_120", torch.float16, 128, 128, 512),
+}
+
+if __name__ == "__main__":
+    print(json.dumps({name: found(*case) for name, case in CASES.items()}))
