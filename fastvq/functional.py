@@ -7,7 +7,12 @@ from torch import Tensor
 
 from fastvq import ops
 
-_fastvq = torch.ops.fastvq
+# The overloads by name: finding them anew costs some microseconds a call.
+_search = torch.ops.fastvq.search.default
+_vector_quantize = torch.ops.fastvq.vector_quantize.default
+_code_sums = torch.ops.fastvq.code_sums.default
+_ema_update = torch.ops.fastvq.ema_update_.default
+_residual_quantize = torch.ops.fastvq.residual_quantize.default
 
 
 def _given(**optional: object) -> dict[str, object]:
@@ -50,7 +55,7 @@ def search(
     ops.check_tensors(x=x, codebook=codebook)
     ops.check_strings(metric=metric, precision=precision)
     ops.check_backend(backend)
-    indices, distances = _fastvq.search(x.detach(), codebook.detach(), metric, return_distance, precision, backend)
+    indices, distances = _search(x.detach(), codebook.detach(), metric, return_distance, precision, backend)
     return (indices, distances) if return_distance else indices
 
 
@@ -90,7 +95,7 @@ def vector_quantize(
     ops.check_strings(metric=metric)
     ops.check_backend(backend)
     ops.check_numbers(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
-    return _fastvq.vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask, backend)
+    return _vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask, backend)
 
 
 def code_sums(
@@ -126,7 +131,7 @@ def code_sums(
     ops.check_tensors(x=x, indices=indices, **_given(mask=mask))
     ops.check_integers(codebook_size=codebook_size)
     ops.check_backend(backend)
-    return _fastvq.code_sums(x.detach(), indices, codebook_size, mask, per_head, backend)
+    return _code_sums(x.detach(), indices, codebook_size, mask, per_head, backend)
 
 
 def ema_update_(
@@ -162,7 +167,7 @@ def ema_update_(
     ops.check_numbers(decay=decay, eps=eps)
     ops.check_backend(backend)
     with torch.no_grad():
-        _fastvq.ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay, eps, backend)
+        _ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps, backend)
 
 
 def residual_quantize(
@@ -190,4 +195,4 @@ def residual_quantize(
     ops.check_tensors(x=x, codebooks=codebooks)
     ops.check_strings(metric=metric)
     ops.check_backend(backend)
-    return _fastvq.residual_quantize(x, codebooks, metric, backend)
+    return _residual_quantize(x, codebooks, metric, backend)

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <memory>
 
+#include "codebook_cache.h"
+#include "few_rows.h"
 #include "row_kernel.h"
 #include "tensor.h"
 
 namespace fastvq {
 
-constexpr std::int64_t kTaskRows = 64;  // rows a thread takes at a time; partial sums are a task's, so they do not
+constexpr std::int64_t kTaskRows = 32;  // rows a thread takes at a time; partial sums are a task's, so they do not
                                         // depend on the number of threads
 
 inline std::int64_t row_tasks(std::int64_t rows) {
@@ -21,14 +23,15 @@ inline std::int64_t row_tasks(std::int64_t rows) {
 template <class X>
 class BlockSearch {
  public:
-  BlockSearch(const RowKernel& kernel, std::int64_t width, std::int64_t groups)
+  BlockSearch(const RowKernel& kernel, std::int64_t width, std::int64_t groups, int threads)
       : kernel_(kernel),
+        threads_(threads),
         width_(width),
         rows_(allocate<X>(width * kernel.lanes)),
         centred_(allocate<float>(width * kernel.lanes)),
         minima_(allocate<float>(fours_of(groups) * 4 * kernel.lanes)),
         packed_(allocate<std::int32_t>(kernel.int8 ? (width + 3) / 4 * kernel.lanes : 0)),
-        row_major_(allocate<float>(kernel.int8 ? width * kernel.lanes : 0)),
+        row_major_(allocate<float>(width * kernel.lanes)),
         fours_(allocate<std::int32_t>(fours_of(groups))),
         masks_(allocate<std::uint64_t>(fours_of(groups))),
         lane_(allocate<int>(kMaxCandidates)),
@@ -46,7 +49,8 @@ class BlockSearch {
   }
 
   // The nearest codes of the rows that are loaded, and their distances if wanted.
-  void nearest(const CodebookView& codebook, int count, bool certify, bool want_value, Nearest* found) {
+  void nearest(const SearchCodes& codes, int count, bool certify, bool want_value, Nearest* found) {
+    if (!codes.packed) return nearest_of_few(row_major(count), count, codes.rows, certify, want_value, threads_, found);
     RowBlock block;
     block.is_double = std::is_same_v<X, double>;
     block.rows = rows_.get();
@@ -65,10 +69,21 @@ class BlockSearch {
     scratch.code = code_.get();
     scratch.score = score_.get();
     scratch.trial = &trial_;
-    kernel_.nearest(codebook, block, scratch, found);
+    kernel_.nearest(codes.view, block, scratch, found);
   }
 
  private:
+  // The rows that are loaded, each as D floats.
+  const float* const* row_major(int count) {
+    if (in_place_) return source_;
+    for (int l = 0; l < count; ++l) {
+      for (std::int64_t d = 0; d < width_; ++d)
+        row_major_[l * width_ + d] = static_cast<float>(rows_[d * kernel_.lanes + l]);
+      source_[l] = row_major_.get() + l * width_;
+    }
+    return source_;
+  }
+
   struct Free {
     void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
@@ -122,6 +137,7 @@ class BlockSearch {
   }
 
   const RowKernel& kernel_;
+  const int threads_;
   const std::int64_t width_;
   Buffer<X> rows_;
   Buffer<float> centred_;

@@ -1,25 +1,30 @@
 #include "codebook_cache.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <list>
 #include <mutex>
 #include <vector>
 
+#include "few_rows.h"
+#include "parallel.h"
 #include "row_kernel.h"
 
 namespace fastvq {
 namespace {
 
-constexpr std::int64_t kMostBytes = std::int64_t{32} << 20;
+constexpr std::int64_t kMostBytes = std::int64_t{64} << 20;
 
 struct Kept {
   const void* address;  // where the codes lay: a new codebook at the same place takes the old one's room
   DType dtype;
   bool screened;
-  std::vector<char> codes;  // as they were when packed
+  std::unique_ptr<char[]> codes;  // as they were when packed
+  std::int64_t code_bytes;
   std::shared_ptr<const PackedCodebook> packed;
 
-  std::int64_t bytes() const { return static_cast<std::int64_t>(codes.size()) + packed->bytes(); }
+  std::int64_t bytes() const { return code_bytes + packed->bytes(); }
 };
 
 std::mutex mutex;
@@ -29,14 +34,37 @@ std::int64_t row_bytes(const Rows& codes) {
   return codes.width * element_bytes(codes.dtype);
 }
 
-bool same_codes(const Kept& entry, const Rows& codes) {
-  const char* copy = entry.codes.data();
+const char* row_at(const Rows& codes, std::int64_t k) {
+  return static_cast<const char*>(codes.data) + codes.offset(k) * element_bytes(codes.dtype);
+}
+
+// Calls body(first, count, row) for runs of rows that lie one after another, none longer than kRunBytes.
+template <class Body>
+void for_each_run(const Rows& codes, int threads, const Body& body) {
+  constexpr std::int64_t kRunBytes = 1 << 18;
+  const std::int64_t bytes = row_bytes(codes), rows = std::max<std::int64_t>(1, kRunBytes / bytes);
+  const bool dense = codes.count == 1 || row_at(codes, 1) - row_at(codes, 0) == bytes;
+  parallel((codes.count + rows - 1) / rows, threads, [&](Tasks& tasks) {
+    for (std::int64_t task; tasks.next(&task);) {
+      const std::int64_t first = task * rows, end = std::min(codes.count, first + rows);
+      if (dense) {
+        body(first, end - first, row_at(codes, first));
+      } else {
+        for (std::int64_t k = first; k < end; ++k) body(k, std::int64_t{1}, row_at(codes, k));
+      }
+    }
+  });
+}
+
+bool same_codes(const Kept& entry, const Rows& codes, int threads) {
   const std::int64_t bytes = row_bytes(codes);
-  for (std::int64_t k = 0; k < codes.count; ++k) {
-    const char* row = static_cast<const char*>(codes.data) + codes.offset(k) * element_bytes(codes.dtype);
-    if (std::memcmp(row, copy + k * bytes, bytes) != 0) return false;
-  }
-  return true;
+  std::atomic<bool> same{true};
+  for_each_run(
+      codes, worth_threads(codes.count * bytes, threads), [&](std::int64_t k, std::int64_t count, const char* row) {
+        if (same.load(std::memory_order_relaxed) && std::memcmp(row, entry.codes.get() + k * bytes, count * bytes) != 0)
+          same.store(false, std::memory_order_relaxed);
+      });
+  return same;
 }
 
 bool same_kind(const Kept& entry, const Rows& codes, Metric metric, bool screened) {
@@ -45,7 +73,7 @@ bool same_kind(const Kept& entry, const Rows& codes, Metric metric, bool screene
          view.size == codes.count && view.width == codes.width;
 }
 
-std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, bool screened) {
+std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, bool screened, int threads) {
   std::vector<std::shared_ptr<const Kept>> entries;
   {
     // Another thread may hold the lock, or have held it when this process was forked: then the codebook is packed anew.
@@ -54,26 +82,32 @@ std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, boo
     entries.assign(kept.begin(), kept.end());
   }
   for (const auto& entry : entries)
-    if (same_kind(*entry, codes, metric, screened) && same_codes(*entry, codes)) return entry->packed;
+    if (same_kind(*entry, codes, metric, screened) && same_codes(*entry, codes, threads)) return entry->packed;
   return nullptr;
 }
 
-void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCodebook>& packed) {
+// Lets go of what was packed of a codebook at this address: it has changed, and its room is wanted.
+void forget(const Rows& codes) {
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (lock) kept.remove_if([&](const auto& old) { return old->address == codes.data; });
+}
+
+void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCodebook>& packed, int threads) {
   const std::int64_t bytes = row_bytes(codes);
-  if (codes.count * bytes + packed->bytes() > kMostBytes / 2) return;
+  if (codes.count * bytes + packed->bytes() > kMostBytes) return;
   auto entry = std::make_shared<Kept>();
   entry->address = codes.data;
   entry->dtype = codes.dtype;
   entry->screened = screened;
-  entry->codes.resize(codes.count * bytes);
-  for (std::int64_t k = 0; k < codes.count; ++k) {
-    const char* row = static_cast<const char*>(codes.data) + codes.offset(k) * element_bytes(codes.dtype);
-    std::memcpy(entry->codes.data() + k * bytes, row, bytes);
-  }
+  entry->codes.reset(new char[codes.count * bytes]);
+  entry->code_bytes = codes.count * bytes;
+  for_each_run(codes, worth_threads(codes.count * bytes, threads),
+               [&](std::int64_t k, std::int64_t count, const char* row) {
+                 std::memcpy(entry->codes.get() + k * bytes, row, count * bytes);
+               });
   entry->packed = packed;
   const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock) return;
-  kept.remove_if([&](const auto& old) { return old->address == codes.data; });
   kept.push_front(std::move(entry));
   std::int64_t total = 0;
   for (auto it = kept.begin(); it != kept.end();) {
@@ -86,11 +120,19 @@ void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCo
 
 std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric metric, bool screened, int threads) {
   if (codes.step == 1) {
-    if (auto found = find(codes, metric, screened)) return found;
+    if (auto found = find(codes, metric, screened, threads)) return found;
+    forget(codes);
   }
   auto packed = std::make_shared<const PackedCodebook>(codes, metric, screened, row_kernel().int8, threads);
-  if (codes.step == 1) keep(codes, screened, packed);
+  if (codes.step == 1) keep(codes, screened, packed, threads);
   return packed;
+}
+
+SearchCodes search_codes(const Rows& codes, Metric metric, bool screened, std::int64_t row_count, int threads) {
+  if (screened && few_rows(row_count, codes, metric)) return {codes, nullptr, {}};
+  auto packed = packed_codebook(codes, metric, screened, threads);
+  const CodebookView view = packed->view(codes);
+  return {codes, std::move(packed), view};
 }
 
 }  // namespace fastvq

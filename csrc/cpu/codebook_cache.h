@@ -10,7 +10,15 @@ namespace fastvq {
 
 // The codebook packed for the kernel in use: a kept one whose codes equal these bit for bit, or a new one, which is
 // kept if it is small. The codes themselves are compared, so nothing that changes them can go unseen; that costs a
-// pass over them, far less than packing. Kept codebooks take at most 32 MiB.
+// pass over them, far less than packing. Kept codebooks take at most 64 MiB.
 std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric metric, bool screened, int threads);
+
+// A codebook as a search of `row_count` rows wants it.
+struct SearchCodes {
+  Rows rows;                                     // the codes where they lie
+  std::shared_ptr<const PackedCodebook> packed;  // null for a few rows, which need nothing packed
+  CodebookView view;
+};
+SearchCodes search_codes(const Rows& codes, Metric metric, bool screened, std::int64_t row_count, int threads);
 
 }  // namespace fastvq

@@ -3,16 +3,22 @@
 namespace fastvq {
 namespace {
 
+// What shuffles two rows into those with their blocks of s lanes exchanged.
+template <class Index, int kCount>
+inline void exchange(int s, Index* upper, Index* lower) {
+  for (int l = 0; l < kCount; ++l) {
+    (*upper)[l] = l & s ? kCount + l - s : l;
+    (*lower)[l] = l & s ? kCount + l : l + s;
+  }
+}
+
 // Transposes kCount vectors of kCount lanes in place: in step s, blocks of s lanes are exchanged between rows s apart.
 template <class Vector, class Index, int kCount>
 inline void transpose(Vector (&rows)[kCount]) {
 #pragma GCC unroll 4
   for (int s = 1; s < kCount; s *= 2) {
     Index upper{}, lower{};
-    for (int l = 0; l < kCount; ++l) {
-      upper[l] = l & s ? kCount + l - s : l;
-      lower[l] = l & s ? kCount + l : l + s;
-    }
+    exchange<Index, kCount>(s, &upper, &lower);
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
       if (i & s) continue;
@@ -21,6 +27,20 @@ inline void transpose(Vector (&rows)[kCount]) {
       rows[i + s] = __builtin_shuffle(a, b, lower);
     }
   }
+}
+
+// The sum of the lanes of each of kCount vectors: a transpose that adds the rows on its way.
+template <class Vector, class Index, int kCount>
+inline Vector sum_lanes(Vector (&rows)[kCount]) {
+#pragma GCC unroll 4
+  for (int s = 1; s < kCount; s *= 2) {
+    Index upper{}, lower{};
+    exchange<Index, kCount>(s, &upper, &lower);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i += 2 * s)
+      rows[i] = __builtin_shuffle(rows[i], rows[i + s], upper) + __builtin_shuffle(rows[i], rows[i + s], lower);
+  }
+  return rows[0];
 }
 
 // out [width][kCount] = the transpose of kCount rows.

@@ -40,6 +40,12 @@ class FloatEnvironment {
   std::uint64_t saved_;
 };
 
+// How many threads some work is worth: waking one costs what two million multiply-adds do.
+inline int worth_threads(std::int64_t multiply_adds, int threads) {
+  constexpr std::int64_t kThreadWork = std::int64_t{1} << 21;
+  return multiply_adds / kThreadWork + 1 < threads ? static_cast<int>(multiply_adds / kThreadWork + 1) : threads;
+}
+
 // Calls body(tasks) on each thread; the body allocates its scratch once and then asks for tasks until none is left.
 // An exception in a thread is rethrown here.
 template <class Body>

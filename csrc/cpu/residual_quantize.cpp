@@ -10,21 +10,15 @@
 namespace fastvq {
 namespace {
 
-struct Stage {
-  Rows codes;
-  std::shared_ptr<const PackedCodebook> packed;
-  CodebookView view;
-};
-
 // All stages of a block of rows while it is in cache. `losses` gets the sums of squared differences, a stage each.
 template <class Working>
-void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quantized, std::int64_t* indices,
+void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* quantized, std::int64_t* indices,
                    std::vector<double>* losses, int threads) {
   const RowKernel& kernel = row_kernel();
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
   std::vector<double> partial(row_tasks(x.count) * stage_count, 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, width, stages[0].view.groups);
+    BlockSearch<Working> block(kernel, width, stages[0].view.groups, threads);
     std::vector<Working> residuals(width * block.lanes()), sums(width * block.lanes());
     const Rows residual_rows = dense_rows(residuals.data(), block.lanes(), width);
     Nearest nearest;
@@ -39,9 +33,9 @@ void quantize_head(const Rows& x, const std::vector<Stage>& stages, void* quanti
           }
         });
         for (std::int64_t q = 0; q < stage_count; ++q) {
-          const Rows& codes = stages[q].codes;
+          const Rows& codes = stages[q].rows;
           block.load(residual_rows, 0, count);
-          block.nearest(stages[q].view, count, true, false, &nearest);
+          block.nearest(stages[q], count, true, false, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);
@@ -92,17 +86,17 @@ void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Met
   for (std::int64_t h = 0; h < head_count && all_rows > 0; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     const Tensor head_codebooks = heads ? codebooks.select(0, h) : codebooks;
-    std::vector<Stage> stages;
+    std::vector<SearchCodes> stages;
     for (std::int64_t q = 0; q < stage_count; ++q) {
       const Rows codes = head_codebooks.select(0, q).rows();
-      auto packed = packed_codebook(codes, metric, !is_double, threads);
-      const CodebookView view = packed->view(codes);
-      stages.push_back({codes, std::move(packed), view});
+      stages.push_back(search_codes(codes, metric, !is_double, rows.count, threads));
     }
+    const int worth =
+        worth_threads(rows.count * rows.width * stage_count * codebooks.sizes[codebooks.dims - 2], threads);
     char* out = static_cast<char*>(quantized) + h * rows.count * rows.width * element_bytes(x.dtype);
     dispatch_working(is_double, [&](auto* type) {
       quantize_head<std::remove_pointer_t<decltype(type)>>(rows, stages, out, indices + h * rows.count * stage_count,
-                                                           &sums, threads);
+                                                           &sums, worth);
     });
   }
   const double elements = static_cast<double>(std::max<std::int64_t>(1, all_rows * x.sizes[x.dims - 1]));

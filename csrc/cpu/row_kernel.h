@@ -85,6 +85,10 @@ struct RowKernel {
   // The int8 form of screened codes; see CodebookView.
   void (*quantise)(const float* screened, const float* bias, std::int64_t width, float scale, std::int8_t* out,
                    std::int32_t* start, std::int32_t* bias_pairs, CodeExtremes* extremes);
+
+  // distances [count] = |row - code|^2 in float32, of codes of D floats that lie `stride` apart; returns the smallest.
+  float (*scan)(const float* codes, std::int64_t stride, std::int64_t count, std::int64_t width, const float* row,
+                float* distances);
 };
 
 // The kernel in use: the best this machine has, or the one that FASTVQ_CPU_ISA names.

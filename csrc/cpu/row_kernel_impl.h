@@ -464,6 +464,53 @@ void nearest_with(const CodebookView& codebook, const RowBlock& block, const Blo
   screened_nearest<kDot>(codebook, block, scratch, certificate, nearest);
 }
 
+// ---- a few rows ----
+
+// A term is the square of a rounded difference (two roundings) and passes at most ceil(D / 8) + 2 more along its lane
+// and three across the lanes.
+float scan(const float* codes, std::int64_t stride, std::int64_t count, std::int64_t width, const float* row,
+           float* distances) {
+  GroupVector least = kInfinity - GroupVector{};
+  const std::int64_t whole = width / kGroup * kGroup, rest = width - whole;
+  GroupIndex mask;  // of the last eight dimensions, those that were not among the whole groups
+  for (int i = 0; i < kGroup; ++i) mask[i] = i >= kGroup - rest ? -1 : 0;
+  for (std::int64_t k = 0; k < count; k += kGroup) {
+    const float* c[kGroup];
+    for (int j = 0; j < kGroup; ++j) c[j] = codes + (k + j < count ? k + j : count - 1) * stride;
+    GroupVector minus[kGroup] = {};
+    for (std::int64_t d = 0; d < whole; d += kGroup) {
+      const GroupVector x = load<GroupVector>(row + d);
+      for (int j = 0; j < kGroup; ++j) {
+        const GroupVector t = x - load<GroupVector>(c[j] + d);
+        minus[j] = subtract_product(minus[j], t, t);
+      }
+    }
+    if (rest && whole) {
+      const GroupVector x = load<GroupVector>(row + width - kGroup);
+      for (int j = 0; j < kGroup; ++j) {
+        const GroupVector difference = x - load<GroupVector>(c[j] + width - kGroup);
+        const GroupVector t = reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(difference) & mask);
+        minus[j] = subtract_product(minus[j], t, t);
+      }
+    } else if (rest) {
+      for (std::int64_t d = 0; d < rest; ++d) {
+        for (int j = 0; j < kGroup; ++j) {
+          const float t = row[d] - c[j][d];
+          minus[j][d] = -(t * t);
+        }
+      }
+    }
+    const GroupVector sum = -sum_lanes<GroupVector, GroupIndex, kGroup>(minus);
+    least = sum < least ? sum : least;
+    if (k + kGroup <= count) {
+      store(distances + k, sum);
+    } else {
+      for (int j = 0; k + j < count; ++j) distances[k + j] = sum[j];
+    }
+  }
+  return smallest(least);
+}
+
 void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch, Nearest* found) {
   if (codebook.metric == Metric::kDot) return nearest_with<true>(codebook, block, scratch, found);
   nearest_with<false>(codebook, block, scratch, found);
@@ -477,11 +524,19 @@ void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScr
 #define FASTVQ_STRING(isa) FASTVQ_TEXT(isa)
 extern const RowKernel FASTVQ_KERNEL(FASTVQ_ISA);
 #if defined(__AVX512VNNI__)
-const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {
-    FASTVQ_STRING(FASTVQ_ISA), kLanes, true, nearest, load_rows, load_codes, measure, screen_codes, quantise_codes};
+const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
+                                             kLanes,
+                                             true,
+                                             nearest,
+                                             load_rows,
+                                             load_codes,
+                                             measure,
+                                             screen_codes,
+                                             quantise_codes,
+                                             scan};
 #else
 const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {
-    FASTVQ_STRING(FASTVQ_ISA), kLanes, false, nearest, load_rows, load_codes, measure, screen_codes, nullptr};
+    FASTVQ_STRING(FASTVQ_ISA), kLanes, false, nearest, load_rows, load_codes, measure, screen_codes, nullptr, scan};
 #endif
 
 }  // namespace fastvq

@@ -7,16 +7,16 @@ namespace fastvq {
 namespace {
 
 template <class X>
-void search_head(const Rows& x, const CodebookView& codebook, bool certify, std::int64_t* indices,
-                 const Tensor& distances, std::int64_t first_row, int threads) {
+void search_head(const Rows& x, const SearchCodes& codes, bool certify, std::int64_t* indices, const Tensor& distances,
+                 std::int64_t first_row, int threads) {
   const RowKernel& kernel = row_kernel();
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<X> block(kernel, x.width, codebook.groups);
+    BlockSearch<X> block(kernel, x.width, codes.view.groups, threads);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
         block.load(x, first, count);
-        block.nearest(codebook, count, certify, distances.data != nullptr, &nearest);
+        block.nearest(codes, count, certify, distances.data != nullptr, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first_row + first + l;
           indices[n] = nearest.index[l];
@@ -41,12 +41,12 @@ void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, 
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     if (rows.count == 0) return;
-    const Rows codes = (heads ? codebook.select(0, h) : codebook).rows();
-    const std::shared_ptr<const PackedCodebook> packed = packed_codebook(codes, metric, !is_double, threads);
-    const CodebookView view = packed->view(codes);
+    const SearchCodes codes =
+        search_codes((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double, rows.count, threads);
+    const int worth = worth_threads(rows.count * rows.width * codes.rows.count, threads);
     dispatch_working(is_double, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
-      search_head<X>(rows, view, certify, indices, distances, h * rows.count, threads);
+      search_head<X>(rows, codes, certify, indices, distances, h * rows.count, worth);
     });
   }
 }

@@ -36,24 +36,24 @@ std::int64_t counted_rows(const std::uint8_t* mask, std::int64_t rows) {
 
 // Returns the sum of the squared differences of the unmasked rows.
 template <class Working, class X, class Code>
-double quantize_head(const Rows& x, const Rows& codes, const CodebookView& codebook, const std::uint8_t* mask,
-                     X* quantized, std::int64_t* indices, int threads) {
+double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t* mask, X* quantized,
+                     std::int64_t* indices, int threads) {
   const RowKernel& kernel = row_kernel();
   std::vector<double> partial(row_tasks(x.count), 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, x.width, codebook.groups);
+    BlockSearch<Working> block(kernel, x.width, codes.view.groups, threads);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
         block.load(x, first, count);
-        block.nearest(codebook, count, true, false, &nearest);
+        block.nearest(codes, count, true, false, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first + l;
-          const Code* code = codes.row<Code>(nearest.index[l]);
+          const Code* code = codes.rows.row<Code>(nearest.index[l]);
           indices[n] = nearest.index[l];
-          copy_code(code, codes.step, x.width, quantized + n * x.width);
+          copy_code(code, codes.rows.step, x.width, quantized + n * x.width);
           if (mask && !mask[n]) continue;
-          partial[task] += squared_distance(block.rows() + l, block.lanes(), code, codes.step, x.width);
+          partial[task] += squared_distance(block.rows() + l, block.lanes(), code, codes.rows.step, x.width);
         }
       });
     }
@@ -76,15 +76,15 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
     if (rows.count == 0) break;
     const std::int64_t first = h * rows.count;
     const std::uint8_t* head_mask = mask ? mask + first : nullptr;
-    const std::shared_ptr<const PackedCodebook> packed = packed_codebook(codes, metric, !is_double, threads);
+    const SearchCodes ready = search_codes(codes, metric, !is_double, rows.count, threads);
+    const int worth = worth_threads(rows.count * rows.width * codes.count, threads);
     counted += counted_rows(head_mask, rows.count);
     dispatch_pair(x.dtype, codes.dtype, [&](auto* x_type, auto* code_type) {
       using X = std::remove_pointer_t<decltype(x_type)>;
       using Code = std::remove_pointer_t<decltype(code_type)>;
       using Working = std::conditional_t<std::is_same_v<X, double>, double, float>;
-      total +=
-          quantize_head<Working, X, Code>(rows, codes, packed->view(codes), head_mask,
-                                          static_cast<X*>(quantized) + first * rows.width, indices + first, threads);
+      total += quantize_head<Working, X, Code>(rows, ready, head_mask, static_cast<X*>(quantized) + first * rows.width,
+                                               indices + first, worth);
     });
   }
   const double elements = static_cast<double>(std::max<std::int64_t>(1, counted * x.sizes[x.dims - 1]));

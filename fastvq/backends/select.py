@@ -60,11 +60,16 @@ def requested(backend: str | None = None) -> str:
 
 
 @functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"fastvq.backends.{name}")
+
+
+@functools.cache
 def missing(name: str) -> str | None:
     """Why backend `name` cannot serve in this process, or None when it can."""
     if name == "reference":
         return None
-    return importlib.import_module(f"fastvq.backends.{name}").missing()
+    return _module(name).missing()
 
 
 @functools.cache
@@ -109,4 +114,4 @@ def backend_for(backend: str | None, device: torch.device) -> ModuleType:
             raise BackendUnavailableError(f"backend {name!r} is not available: {why}")
         if name != "reference" and name not in _CANDIDATES.get(device.type, ()):
             raise ValueError(f"backend {name!r} does not serve tensors on {device.type}")
-    return importlib.import_module(f"fastvq.backends.{name}")
+    return _module(name)

@@ -198,17 +198,19 @@ void chunked_case(std::mt19937_64& random, float spread) {
   compare(x, c, Metric::kDot, 2, "several chunks, dot");
 }
 
+constexpr std::int64_t kRows = 9;  // enough that they do not count as few
+
 // A row near the origin whose D products with the code w are each just under half a unit in the last place of the
 // bias, so that the screen loses every one of them: its score errs by nearly eta. Code j, in another group, screens
 // lower by 0.7 eta though it is the farther one. Negated copies keep the mean at zero, so that nothing is centred.
 void bound_case(std::int64_t d) {
-  Matrix x(1, d, 1, 0), c(32, d, 1, 0);
+  Matrix x(kRows, d, 1, 0), c(32, d, 1, 0);
   const float near_two = 2.0f * (1 + 0x1p-10f);  // the bias: its unit in the last place is 2^-22
   const float a = std::sqrt(2 * near_two / static_cast<float>(d));
   const double eta = static_cast<double>(d + 2) * 0x1p-24 * near_two;
   const float b = static_cast<float>(std::sqrt((2.0 * near_two - 2 * 0.7 * eta) / static_cast<double>(d)));
   for (std::int64_t i = 0; i < d; ++i) {
-    x.at(0, i) = 0.49f * 0x1p-22f / a;
+    for (std::int64_t n = 0; n < kRows; ++n) x.at(n, i) = 0.49f * 0x1p-22f / a;
     for (std::int64_t k = 0; k < 8; ++k) {
       const float sign = i % 2 ? 1.0f : -1.0f;
       c.at(k, i) = sign * b;
@@ -226,9 +228,9 @@ void bound_case(std::int64_t d) {
 // dimension of 127 fixes the units at 1, and far codes of both signs keep the mean near zero.
 void int8_bound_case() {
   constexpr std::int64_t d = 65, k = 256;
-  Matrix x(1, d, 1, 0), c(k, d, 1, 0);
+  Matrix x(kRows, d, 1, 0), c(k, d, 1, 0);
   for (std::int64_t i = 0; i < d; ++i) {
-    x.at(0, i) = i ? 10.45f : 127.0f;
+    for (std::int64_t n = 0; n < kRows; ++n) x.at(n, i) = i ? 10.45f : 127.0f;
     for (std::int64_t n = 0; n < k; ++n) {
       const float far = n % 2 ? 127.0f : -127.0f;
       const float near = n < 8 ? 9.0f : 11.55f;
@@ -242,6 +244,40 @@ void int8_bound_case() {
   compare(x, c, Metric::kEuclidean, 1, "int8 bound");
 }
 
+// A few rows: the differences of code j are 1 in its first eight dimensions, one a partial sum, and just too small in
+// the others to change that sum; those of code w add up to less, but exactly.
+void few_rows_bound_case(std::int64_t d) {
+  Matrix x(1, d, 1, 0), c(32, d, 1, 0);
+  const std::int64_t lost = d / 8 - 1;
+  const float small = std::sqrt(0.98f * 0x1p-24f);
+  const float large = 1 + static_cast<float>(lost * 97 / 400) * 0x1p-23f;
+  for (std::int64_t i = 0; i < d; ++i) {
+    for (std::int64_t k = 0; k < c.rows; ++k)
+      c.at(k, i) = k == 3 ? (i < 8 ? 1.0f : small) : k == 16 && i < 8 ? large : 0;
+    for (std::int64_t k = 0; k < c.rows; ++k)
+      if (k != 3 && k != 16) c.at(k, i) = 2;
+  }
+  if (canonical(x, 0, c, Metric::kEuclidean) != 16) return fail("the constructed row does not do what it should");
+  compare(x, c, Metric::kEuclidean, 1, "few rows, D " + std::to_string(d));
+}
+
+// A few rows and many codes, which several threads share; near ties at the seams.
+void few_rows_case(std::mt19937_64& random) {
+  std::normal_distribution<float> normal;
+  for (std::int64_t n : {1, 2, 5, 8}) {
+    for (std::int64_t d : {1, 7, 8, 13, 64}) {
+      Matrix x(n, d, n == 2 ? 2 : 1, 3), c(70001 - n, d, 1, d == 13 ? 5 : 0);
+      for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t j = 0; j < d; ++j) x.at(i, j) = normal(random);
+      for (std::int64_t k = 0; k < c.rows; ++k)
+        for (std::int64_t j = 0; j < d; ++j) c.at(k, j) = normal(random);
+      for (std::int64_t k : {std::int64_t{255}, std::int64_t{256}, std::int64_t{16384}, c.rows - 1})
+        for (std::int64_t j = 0; j < d; ++j) c.at(k, j) = x.at(k % n, j) * (1 + 1e-7f * normal(random));
+      compare(x, c, Metric::kEuclidean, 3, "few rows, N " + std::to_string(n) + ", D " + std::to_string(d));
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -251,9 +287,11 @@ int main(int argc, char** argv) {
     chunked_case(random, 0);
     chunked_case(random, 1);
     chunked_case(random, 30);
+    few_rows_case(random);
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
     int8_bound_case();
+    few_rows_bound_case(512);
   } else {
     std::printf("usage: driver random SEED COUNT | driver bound\n");
     return 2;

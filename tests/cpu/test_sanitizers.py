@@ -73,5 +73,6 @@ def test_the_whole_bound_is_enough_and_a_quarter_is_not(drivers: dict[str, Path]
         shrunk = run(drivers["shrunk"], "bound", isa=isa)
         assert shrunk.returncode == 1, shrunk.stdout
         assert "FAILED: bound, D 64, row 0: index 0, want 16" in shrunk.stdout
+        assert "FAILED: few rows, D 512, row 0: index 3, want 16" in shrunk.stdout
         if "vnni" in isa:  # the bound of the int8 screen by itself
             assert "FAILED: int8 bound, row 0: index 0, want 16" in shrunk.stdout
