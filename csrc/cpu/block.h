@@ -19,6 +19,50 @@ inline std::int64_t row_tasks(std::int64_t rows) {
   return (rows + kTaskRows - 1) / kTaskRows;
 }
 
+// Memory for vectors.
+struct AlignedFree {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class T>
+using AlignedBuffer = std::unique_ptr<T[], AlignedFree>;
+template <class T>
+AlignedBuffer<T> aligned_buffer(std::int64_t count) {
+  return AlignedBuffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
+}
+
+// Whether a block of float32 rows lies side by side, as in an image (B, D, height, width).
+inline bool side_by_side(const Rows& x, std::int64_t first, int count) {
+  for (int l = 1; l < count; ++l)
+    if (x.offset(first + l) != x.offset(first) + l) return false;
+  return true;
+}
+
+// Blocks of float32 rows as D floats each: where they lie, if they do so, else in a copy.
+class FloatRows {
+ public:
+  FloatRows(const RowKernel& kernel, const Rows& x)
+      : kernel_(kernel), x_(x), copy_(aligned_buffer<float>(x.step == 1 ? 0 : x.width * kernel.lanes)) {}
+
+  const float* const* load(std::int64_t first, int count) {
+    for (int l = 0; l < count; ++l) rows_[l] = x_.row<float>(first + l);
+    if (x_.step == 1) return rows_;
+    if (count == kernel_.lanes && side_by_side(x_, first, count)) {
+      kernel_.untranspose(rows_[0], x_.step, x_.width, copy_.get());
+    } else {
+      for (int l = 0; l < count; ++l)
+        for (std::int64_t d = 0; d < x_.width; ++d) copy_[l * x_.width + d] = rows_[l][d * x_.step];
+    }
+    for (int l = 0; l < count; ++l) rows_[l] = copy_.get() + l * x_.width;
+    return rows_;
+  }
+
+ private:
+  const RowKernel& kernel_;
+  const Rows& x_;
+  AlignedBuffer<float> copy_;
+  const float* rows_[kMaxLanes];
+};
+
 // The scratch of one thread: a block of rows [D][lanes] in X (float or double), and what the kernel needs.
 template <class X>
 class BlockSearch {
@@ -27,19 +71,28 @@ class BlockSearch {
       : kernel_(kernel),
         threads_(threads),
         width_(width),
-        rows_(allocate<X>(width * kernel.lanes)),
-        centred_(allocate<float>(width * kernel.lanes)),
-        minima_(allocate<float>(fours_of(groups) * 4 * kernel.lanes)),
-        packed_(allocate<std::int32_t>(kernel.int8 ? (width + 3) / 4 * kernel.lanes : 0)),
-        row_major_(allocate<float>(width * kernel.lanes)),
-        fours_(allocate<std::int32_t>(fours_of(groups))),
-        masks_(allocate<std::uint64_t>(fours_of(groups))),
-        lane_(allocate<int>(kMaxCandidates)),
-        code_(allocate<std::int64_t>(kMaxCandidates)),
-        score_(allocate<float>(kMaxCandidates)) {}
+        rows_(aligned_buffer<X>(width * kernel.lanes)),
+        centred_(aligned_buffer<float>(width * kernel.lanes)),
+        minima_(aligned_buffer<float>(fours_of(groups) * 4 * kernel.lanes)),
+        packed_(aligned_buffer<std::int32_t>(kernel.int8 ? (width + 3) / 4 * kernel.lanes : 0)),
+        row_major_(aligned_buffer<float>(width * kernel.lanes)),
+        fours_(aligned_buffer<std::int32_t>(fours_of(groups))),
+        masks_(aligned_buffer<std::uint64_t>(fours_of(groups))),
+        lane_(aligned_buffer<int>(kMaxCandidates)),
+        code_(aligned_buffer<std::int64_t>(kMaxCandidates)),
+        score_(aligned_buffer<float>(kMaxCandidates)) {}
 
   int lanes() const { return kernel_.lanes; }
-  X* rows() { return rows_.get(); }
+  const X* rows() const { return rows_.get(); }
+
+  // The rows that are loaded, each as D floats.
+  const float* const* row_major() {
+    static_assert(std::is_same_v<X, float>);
+    if (in_place_) return source_;
+    kernel_.untranspose(rows_.get(), kernel_.lanes, width_, row_major_.get());
+    for (int l = 0; l < kernel_.lanes; ++l) source_[l] = row_major_.get() + l * width_;
+    return source_;
+  }
 
   // Loads rows first .. first+count-1, widened; the lanes past them are zero. Those after them are fetched into the
   // cache meanwhile: sixteen strided streams are more than the hardware foresees.
@@ -50,7 +103,9 @@ class BlockSearch {
 
   // The nearest codes of the rows that are loaded, and their distances if wanted.
   void nearest(const SearchCodes& codes, int count, bool certify, bool want_value, Nearest* found) {
-    if (!codes.packed) return nearest_of_few(row_major(count), count, codes.rows, certify, want_value, threads_, found);
+    if constexpr (std::is_same_v<X, float>) {
+      if (!codes.packed) return nearest_of_few(row_major(), count, codes.rows, certify, want_value, threads_, found);
+    }
     RowBlock block;
     block.is_double = std::is_same_v<X, double>;
     block.rows = rows_.get();
@@ -73,29 +128,7 @@ class BlockSearch {
   }
 
  private:
-  // The rows that are loaded, each as D floats.
-  const float* const* row_major(int count) {
-    if (in_place_) return source_;
-    for (int l = 0; l < count; ++l) {
-      for (std::int64_t d = 0; d < width_; ++d)
-        row_major_[l * width_ + d] = static_cast<float>(rows_[d * kernel_.lanes + l]);
-      source_[l] = row_major_.get() + l * width_;
-    }
-    return source_;
-  }
-
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  template <class T>
-  using Buffer = std::unique_ptr<T[], Free>;
-
   static std::int64_t fours_of(std::int64_t groups) { return (std::min(groups, kScreenGroups) + 3) / 4; }
-
-  template <class T>
-  static Buffer<T> allocate(std::int64_t count) {
-    return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
-  }
 
   // Inlined by order: gcc takes a function that only prefetches for one without effect and drops the call.
   __attribute__((always_inline)) void prefetch(const Rows& x, std::int64_t first) const {
@@ -139,16 +172,16 @@ class BlockSearch {
   const RowKernel& kernel_;
   const int threads_;
   const std::int64_t width_;
-  Buffer<X> rows_;
-  Buffer<float> centred_;
-  Buffer<float> minima_;
-  Buffer<std::int32_t> packed_;
-  Buffer<float> row_major_;
-  Buffer<std::int32_t> fours_;
-  Buffer<std::uint64_t> masks_;
-  Buffer<int> lane_;
-  Buffer<std::int64_t> code_;
-  Buffer<float> score_;
+  AlignedBuffer<X> rows_;
+  AlignedBuffer<float> centred_;
+  AlignedBuffer<float> minima_;
+  AlignedBuffer<std::int32_t> packed_;
+  AlignedBuffer<float> row_major_;
+  AlignedBuffer<std::int32_t> fours_;
+  AlignedBuffer<std::uint64_t> masks_;
+  AlignedBuffer<int> lane_;
+  AlignedBuffer<std::int64_t> code_;
+  AlignedBuffer<float> score_;
   const float* source_[kMaxLanes];  // where the rows that are loaded lie, if they do as D floats each
   bool in_place_ = false;
   Int8Trial trial_;

@@ -56,13 +56,12 @@ struct Certificate {
   // row_norm >= |x~|, row_residual >= |(x - m) S - x~|.
   double threshold(double best, double row_norm, double row_residual, bool euclidean) const {
     const double eta = accumulation(row_norm);
-    const double delta = row_residual + residual;
     double slack;
     if (euclidean) {
-      double squared = 2 * (best + eta) + row_norm * row_norm;  // at least the squared distance of the rounded points
-      squared = squared > 0 ? squared : 0;
-      const double distance = __builtin_sqrt(squared) + delta;  // at least the distance of the winner of the screen
-      slack = 2 * eta + 2 * delta * (distance + delta) + double_sum * distance * distance;
+      const double reach = distance(best, row_norm, row_residual);
+      const double by_distance = 2 * (row_residual + residual) * (reach + row_residual + residual);
+      const double by_score = 2 * residual * (reach + row_residual + residual) + 2 * row_residual * farthest();
+      slack = 2 * eta + (by_distance < by_score ? by_distance : by_score) + double_sum * reach * reach;
     } else {
       const double exact_norms = (row_norm + row_residual) * (norm + residual);
       slack = 2 * eta + 2 * (row_residual * (norm + residual) + row_norm * residual) + 2 * double_sum * exact_norms;

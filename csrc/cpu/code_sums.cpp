@@ -4,6 +4,7 @@
 #include <string>
 
 #include "operators.h"
+#include "row_kernel.h"
 
 namespace fastvq {
 
@@ -25,15 +26,25 @@ RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, st
 
 namespace {
 
-// Rows that lie one after another: each code gathers its rows.
+// Rows that lie one after another: each code gathers its rows, which are asked for some rows ahead.
 template <class X, class Sum>
 void sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threads) {
+  constexpr std::int64_t kAhead = 6;
+  const std::int64_t bytes = std::min<std::int64_t>(x.width * sizeof(X), 1024);
   by_code.for_each_code(threads, [&] {
     return [&, total = std::vector<double>(x.width)](std::int64_t k) mutable {
       std::fill(total.begin(), total.end(), 0.0);
       for (const std::int64_t* n = by_code.begin(k); n != by_code.end(k); ++n) {
         const X* row = x.row<X>(*n);
-        for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d]);
+        if (n + kAhead < by_code.last()) {
+          const char* later = reinterpret_cast<const char*>(x.row<X>(n[kAhead]));
+          for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(later + b);
+        }
+        if constexpr (std::is_same_v<X, float>) {
+          row_kernel().add_row(row, x.width, total.data());
+        } else {
+          for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d]);
+        }
       }
       for (std::int64_t d = 0; d < x.width; ++d) sums[k * x.width + d] = static_cast<Sum>(total[d]);
     };

@@ -20,6 +20,7 @@ class RowsByCode {
   std::int64_t count(std::int64_t code) const { return starts_[code + 1] - starts_[code]; }
   const std::int64_t* begin(std::int64_t code) const { return order_.data() + starts_[code]; }
   const std::int64_t* end(std::int64_t code) const { return order_.data() + starts_[code + 1]; }
+  const std::int64_t* last() const { return order_.data() + order_.size(); }  // past the last row of the last code
 
   // Calls body(code) for every code, a share of about equally many rows a thread at a time.
   template <class MakeBody>

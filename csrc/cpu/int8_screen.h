@@ -202,19 +202,6 @@ float code_score(const CodebookView& codebook, const float* row, std::int64_t co
   return rest + (sum[0] + sum[1]);
 }
 
-// out [lanes][D] = the transpose of rows [D][lanes].
-void untranspose(const float* rows, std::int64_t width, float* out) {
-  std::int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    FloatVector block[kLanes];
-    for (int i = 0; i < kLanes; ++i) block[i] = load<FloatVector>(rows + (d + i) * kLanes);
-    transpose<FloatVector, LaneIndex, kLanes>(block);
-    for (int i = 0; i < kLanes; ++i) store(out + i * width + d, block[i]);
-  }
-  for (; d < width; ++d)
-    for (int i = 0; i < kLanes; ++i) out[i * width + d] = rows[d * kLanes + i];
-}
-
 // Finds the (group, row) pairs whose largest score reaches the threshold of the row, four groups at a time: bit
 // 16 i + l of masks[n] is row l of group 4 fours[n] + i. Without a branch, for it would be mispredicted. `maxima` has
 // room for a multiple of four groups. Returns the number of fours that have any.
@@ -264,7 +251,7 @@ bool int8_candidates(const CodebookView& codebook, const Bounds& bounds, const f
   if (rows == bounds.block.rows && bounds.block.row) {
     for (int l = 0; l < bounds.block.count; ++l) row[l] = bounds.block.row[l];
   } else {
-    untranspose(rows, codebook.width, scratch.row_major);
+    untranspose(rows, kLanes, codebook.width, scratch.row_major);
     for (int l = 0; l < kLanes; ++l) row[l] = scratch.row_major + l * codebook.width;
   }
   const auto note = [&](int lane, std::int64_t code) {

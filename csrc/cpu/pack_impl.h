@@ -63,6 +63,18 @@ typedef std::int32_t GroupIndex __attribute__((vector_size(32)));
 void load_rows(const float* const* rows, std::int64_t width, float* out) {
   transpose_rows<FloatVector, LaneIndex, kLanes>(rows, width, out);
 }
+// out [kLanes][width] = the transpose of `width` columns of kLanes floats that lie `stride` apart.
+void untranspose(const float* columns, std::int64_t stride, std::int64_t width, float* out) {
+  std::int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    FloatVector block[kLanes];
+    for (int i = 0; i < kLanes; ++i) block[i] = load<FloatVector>(columns + (d + i) * stride);
+    transpose<FloatVector, LaneIndex, kLanes>(block);
+    for (int i = 0; i < kLanes; ++i) store(out + i * width + d, block[i]);
+  }
+  for (; d < width; ++d)
+    for (int i = 0; i < kLanes; ++i) out[i * width + d] = columns[d * stride + i];
+}
 void load_codes(const float* const* rows, std::int64_t width, float* codes) {
   transpose_rows<GroupVector, GroupIndex, kGroup>(rows, width, codes);
 }

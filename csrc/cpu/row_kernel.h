@@ -74,6 +74,9 @@ struct RowKernel {
   // out [D][lanes] = the transpose of `lanes` rows of D contiguous floats.
   void (*load_rows)(const float* const* rows, std::int64_t width, float* out);
 
+  // out [lanes][D] = the transpose of D columns of `lanes` floats that lie `stride` apart.
+  void (*untranspose)(const float* columns, std::int64_t stride, std::int64_t width, float* out);
+
   // The packing of one group: `codes` is [D][8], and 8 rows of D contiguous floats for load_codes.
   void (*load_codes)(const float* const* rows, std::int64_t width, float* codes);
   // bias [8] becomes 0 for the codes that are finite, among the first `count`, and infinite for the others; hashes [8]
@@ -89,6 +92,11 @@ struct RowKernel {
   // distances [count] = |row - code|^2 in float32, of codes of D floats that lie `stride` apart; returns the smallest.
   float (*scan)(const float* codes, std::int64_t stride, std::int64_t count, std::int64_t width, const float* row,
                 float* distances);
+
+  // Loops of the layer over float32 rows of D floats each, in float64; see layer_impl.h.
+  double (*squared_distance)(const float* row, const float* code, std::int64_t width);
+  void (*pull)(const float* gradient, const float* row, const float* code, double pull, std::int64_t width, float* out);
+  void (*add_row)(const float* row, std::int64_t width, double* total);
 };
 
 // The kernel in use: the best this machine has, or the one that FASTVQ_CPU_ISA names.

@@ -18,6 +18,7 @@ constexpr float kInfinity = __builtin_inff();
 }  // namespace
 }  // namespace fastvq
 
+#include "layer_impl.h"
 #include "pack_impl.h"
 
 namespace fastvq {
@@ -69,8 +70,18 @@ const float* centre(const CodebookView& codebook, const RowBlock& block, float* 
   const std::int64_t width = codebook.width;
   const bool plain = codebook.mean == nullptr && codebook.scale == 1;
   DoubleVector residual[2] = {};
-  FloatVector squares = {};
-  if (!plain) {
+  FloatVector squares = {}, errors = {};
+  const bool moved = codebook.mean && codebook.scale == 1;
+  if (moved) {
+    for (std::int64_t d = 0; d < width; ++d) {
+      const FloatVector x = load<FloatVector>(rows + d * kLanes), mean = broadcast(codebook.mean[d]);
+      const FloatVector difference = x - mean, virtual_mean = x - difference;
+      store(centred + d * kLanes, difference);
+      // Exactly what rounding the difference lost (Knuth's two-sum).
+      const FloatVector error = (x - (difference + virtual_mean)) - (mean - virtual_mean);
+      errors += error * error;
+    }
+  } else if (!plain) {
     const DoubleVector scale = broadcast(codebook.scale);
     for (std::int64_t d = 0; d < width; ++d) {
       const DoubleVector mean = broadcast(codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0);
@@ -90,11 +101,14 @@ const float* centre(const CodebookView& codebook, const RowBlock& block, float* 
   }
   // float32 squares may underflow: the small term covers that for each of D terms.
   const double up = kUp + static_cast<double>(width) * 0x1p-23, under = static_cast<double>(width) * 0x1p-149;
-  float squared[kLanes];
+  float squared[kLanes], two_sum_error[kLanes];
   double error[kLanes];
   store(squared, squares);
+  store(two_sum_error, errors);
   store(error, residual[0]);
   store(error + kWide, residual[1]);
+  if (moved)
+    for (int l = 0; l < kLanes; ++l) error[l] = static_cast<double>(two_sum_error[l]) * up + under;
   const double centring = codebook.mean ? 0x1p-51 : 0;  // the rounding of x - m in float64
   bool any_wild = false;
   for (int l = 0; l < kLanes; ++l) {
@@ -524,19 +538,25 @@ void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScr
 #define FASTVQ_STRING(isa) FASTVQ_TEXT(isa)
 extern const RowKernel FASTVQ_KERNEL(FASTVQ_ISA);
 #if defined(__AVX512VNNI__)
+constexpr bool kInt8 = true;
+constexpr auto kQuantiseCodes = quantise_codes;
+#else
+constexpr bool kInt8 = false;
+constexpr decltype(RowKernel::quantise) kQuantiseCodes = nullptr;
+#endif
 const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              kLanes,
-                                             true,
+                                             kInt8,
                                              nearest,
                                              load_rows,
+                                             untranspose,
                                              load_codes,
                                              measure,
                                              screen_codes,
-                                             quantise_codes,
-                                             scan};
-#else
-const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {
-    FASTVQ_STRING(FASTVQ_ISA), kLanes, false, nearest, load_rows, load_codes, measure, screen_codes, nullptr, scan};
-#endif
+                                             kQuantiseCodes,
+                                             scan,
+                                             squared_distance,
+                                             pull_rows,
+                                             add_row};
 
 }  // namespace fastvq

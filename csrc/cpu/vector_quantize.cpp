@@ -48,13 +48,24 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
         block.load(x, first, count);
         block.nearest(codes, count, true, false, &nearest);
         for (int l = 0; l < count; ++l) {
-          const std::int64_t n = first + l;
+          indices[first + l] = nearest.index[l];
           const Code* code = codes.rows.row<Code>(nearest.index[l]);
-          indices[n] = nearest.index[l];
-          copy_code(code, codes.rows.step, x.width, quantized + n * x.width);
-          if (mask && !mask[n]) continue;
-          partial[task] += squared_distance(block.rows() + l, block.lanes(), code, codes.rows.step, x.width);
+          copy_code(code, codes.rows.step, x.width, quantized + (first + l) * x.width);
         }
+        const auto add_distances = [&](const auto& distance) {
+          for (int l = 0; l < count; ++l)
+            if (!mask || mask[first + l]) partial[task] += distance(l, codes.rows.row<Code>(nearest.index[l]));
+        };
+        if constexpr (std::is_same_v<Working, float> && std::is_same_v<Code, float>) {
+          if (codes.rows.step == 1) {
+            const float* const* rows = block.row_major();
+            return add_distances(
+                [&](int l, const float* code) { return kernel.squared_distance(rows[l], code, x.width); });
+          }
+        }
+        add_distances([&](int l, const Code* code) {
+          return squared_distance(block.rows() + l, block.lanes(), code, codes.rows.step, x.width);
+        });
       });
     }
   });
@@ -96,6 +107,55 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
   }
 }
 
+namespace {
+
+// out [N][D] = gradient + pull * (row - code), for masked rows the gradient alone.
+template <class X, class Code>
+void pull_head(const Rows& x, const Rows& gradients, const Rows& codes, const std::int64_t* indices,
+               const std::uint8_t* mask, double pull, X* out, int threads, const Code* = nullptr) {
+  const RowKernel& kernel = row_kernel();
+  const std::int64_t width = x.width;
+  const auto pull_of = [&](std::int64_t n) { return mask && !mask[n] ? 0.0 : pull; };
+  parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+    if constexpr (std::is_same_v<X, float> && std::is_same_v<Code, float>) {
+      if (codes.step == 1) {
+        FloatRows row_blocks(kernel, x), gradient_blocks(kernel, gradients);
+        for (std::int64_t task; tasks.next(&task);) {
+          for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
+            const float* const* row = row_blocks.load(first, count);
+            const float* const* gradient = gradient_blocks.load(first, count);
+            for (int l = 0; l < count; ++l) {
+              float* target = out + (first + l) * width;
+              if (pull_of(first + l) == 0) {
+                std::copy(gradient[l], gradient[l] + width, target);
+              } else {
+                kernel.pull(gradient[l], row[l], codes.row<float>(indices[first + l]), pull, width, target);
+              }
+            }
+          });
+        }
+        return;
+      }
+    }
+    for (std::int64_t task; tasks.next(&task);) {
+      for_each_block(task, x.count, 1, [&](std::int64_t n, int) {
+        const X* row = x.row<X>(n);
+        const X* gradient = gradients.row<X>(n);
+        const Code* code = codes.row<Code>(indices[n]);
+        const double weight = pull_of(n);
+        X* target = out + n * width;
+        for (std::int64_t d = 0; d < width; ++d) {
+          const X g = gradient[d * gradients.step];
+          const double difference = static_cast<double>(widen(row[d * x.step])) - widen(code[d * codes.step]);
+          target[d] = weight == 0 ? g : narrow<X>(widen(g) + weight * difference);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace
+
 void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, const Tensor& x, const Tensor& codebook,
                               bool heads, const std::int64_t* indices, const std::uint8_t* mask,
                               double commitment_weight, double codebook_weight, void* grad_x, void* grad_codebook,
@@ -115,30 +175,8 @@ void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, co
       using Code = std::remove_pointer_t<decltype(code_type)>;
       if (grad_x) {
         X* out = static_cast<X*>(grad_x) + first * rows.width;
-        parallel(row_tasks(rows.count), threads, [&](Tasks& tasks) {
-          for (std::int64_t task; tasks.next(&task);) {
-            for_each_block(task, rows.count, 1, [&](std::int64_t n, int) {
-              const X* row = rows.row<X>(n);
-              const X* gradient = gradients.row<X>(n);
-              const Code* code = codes.row<Code>(indices[first + n]);
-              const double pull = head_mask && !head_mask[n] ? 0.0 : commitment_weight * scale;
-              X* target = out + n * rows.width;
-              if (pull == 0) {
-                for (std::int64_t d = 0; d < rows.width; ++d) target[d] = gradient[d * gradients.step];
-                return;
-              }
-              const auto pulled = [pull](X g, X value, Code code_value) {
-                return narrow<X>(widen(g) + pull * (static_cast<double>(widen(value)) - widen(code_value)));
-              };
-              if (gradients.step == 1 && rows.step == 1 && codes.step == 1) {  // known to the compiler: vectorised
-                for (std::int64_t d = 0; d < rows.width; ++d) target[d] = pulled(gradient[d], row[d], code[d]);
-                return;
-              }
-              for (std::int64_t d = 0; d < rows.width; ++d)
-                target[d] = pulled(gradient[d * gradients.step], row[d * rows.step], code[d * codes.step]);
-            });
-          }
-        });
+        pull_head(rows, gradients, codes, indices + first, head_mask, commitment_weight * scale, out, threads,
+                  static_cast<const Code*>(nullptr));
       }
       if (grad_codebook) {
         Code* out = static_cast<Code*>(grad_codebook) + h * codes.count * codes.width;
