@@ -1,9 +1,10 @@
-"""The C++ under AddressSanitizer, UBSan and ThreadSanitizer, and with its bound cut down: a driver in C++ runs it."""
+"""The C++ under AddressSanitizer, UBSan and ThreadSanitizer, with its bound cut down, and on Arm: a driver runs it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -76,3 +77,19 @@ def test_the_whole_bound_is_enough_and_a_quarter_is_not(drivers: dict[str, Path]
         assert "FAILED: few rows, D 512, row 0: index 3, want 16" in shrunk.stdout
         if "vnni" in isa:  # the bound of the int8 screen by itself
             assert "FAILED: int8 bound, row 0: index 0, want 16" in shrunk.stdout
+
+
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.mark.skipif(
+    not (shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR)),
+    reason=f"needs {ARM_COMPILER} and {ARM_EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+def test_arm_in_an_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", ARM_COMPILER)
+    driver = build_driver(tmp_path, ["-O1", "-static"])
+    for arguments in (["bound"], ["random", "5", "20"]):
+        result = subprocess.run([ARM_EMULATOR, str(driver), *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "portable: 0 failures" in result.stdout
