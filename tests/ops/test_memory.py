@@ -96,4 +96,4 @@ LAYERS = {
 def test_a_training_step_of_the_layer_holds_no_n_by_k_matrix(name):
     """One would be 128 MiB, and the peer holds six."""
     extra = extra_mib(json.dumps(LAYERS[name]), 4096, 8192, 16, mapped=1 << 22)
-    assert extra < 32, f"{extra:.1f} MiB"
+    assert extra < 48, f"{extra:.1f} MiB"  # 15 to 35 by the order in which threads free
