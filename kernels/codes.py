@@ -6,10 +6,14 @@ codes, neighbours, of each of COLUMNS / 2 groups; STEPS tiles are a *segment*, a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
 
 FAR = tl.constexpr(1e38)  # the bias of what can never win: padding, and codes that are not finite
 SAMPLE = tl.constexpr(4096)  # codes that the frame is taken from: any frame is right, a good one only certifies more
@@ -175,3 +179,62 @@ def pack_codes_kernel(
     # A maximum across lanes skips NaN: what is not finite becomes infinite first.
     tl.store(bounds, tl.max(tl.where(is_finite(largest_norm), largest_norm, float("inf")), axis=0))
     tl.store(bounds + 1, tl.max(tl.where(is_finite(largest_residual), largest_residual, float("inf")), axis=0))
+
+
+_BLOCK = 16  # codes of a program that packs
+_PROGRAMS = 256  # that pack, at most, and leave a bound each
+
+
+class PackedCodes(NamedTuple):
+    """Codebooks as operands, one a head."""
+
+    frame: Tensor  # (H, 2, width) float32
+    codes: Tensor  # (H, segments * steps * columns, width)
+    bias: Tensor  # (H, segments * steps * columns) float32
+    bounds: Tensor  # (H, parts, 2) float32
+    segments: int
+    parts: int
+
+
+def pack_codes(
+    codebook: Tensor, dtype: torch.dtype, raw: bool, euclidean: bool, width: int, columns: int, steps: int
+) -> PackedCodes:
+    """Codebooks (H, K, D), dense, as operands of `dtype`: the stored values when `raw`, else moved and scaled."""
+    heads, K, D = codebook.shape
+    device = codebook.device
+    segments = triton.cdiv(K, columns * steps)
+    size = segments * columns * steps
+    parts = min(_PROGRAMS, triton.cdiv(size, _BLOCK))
+    frame = torch.empty((heads, 2, width), dtype=torch.float32, device=device)
+    if not raw:
+        launch(
+            frame_kernel,
+            (triton.cdiv(width, 16), heads),
+            *[codebook, frame, K],
+            D=D,
+            WIDTH=width,
+            CENTRED=euclidean,
+            ROWS=128,
+            COLUMNS=16,
+            num_warps=4,
+            num_stages=1,
+        )
+    codes = torch.empty((heads, size, width), dtype=dtype, device=device)
+    bias = torch.empty((heads, size), dtype=torch.float32, device=device)
+    bounds = torch.empty((heads, parts, 2), dtype=torch.float32, device=device)
+    launch(
+        pack_codes_kernel,
+        (parts, heads),
+        *[codebook, frame, codes, bias, bounds, K, size],
+        D=D,
+        WIDTH=width,
+        CHUNK=min(width, 64),
+        RAW=raw,
+        EUCLIDEAN=euclidean,
+        COLUMNS=columns,
+        STEPS=steps,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        num_stages=1,
+    )
+    return PackedCodes(frame, codes, bias, bounds, segments, parts)

@@ -1,4 +1,4 @@
-"""The gradients of a residual quantiser: to x in one pass over the rows, to the codes a stage at a time."""
+"""A residual quantiser: once its codes are found, the sum of them and the losses; and the gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,106 @@ from fastvq.backends.reference import working_dtype
 from .code_gradients import code_gradients
 from .code_sums import gathered, rows_by_code
 from .launch import launch
-from .pointwise import elements, loss_scale, narrow, tile_for
+from .pointwise import bits, elements, loss_scale, narrow, tile_for
+from .residual_search import residual_search
 from .rows import row_offsets, rows_of
+from .vector_quantize import loss_kernel
+
+_PROGRAMS = 4096  # at most, of the first stage of the losses; independent of the device, and so is their order
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def gather_stages_kernel(
+    x_ptr: tl.tensor,
+    inner: tl.tensor,
+    stride_h: tl.tensor,
+    stride_outer: tl.tensor,
+    stride_inner: tl.tensor,
+    stride_x: tl.tensor,
+    codebooks_ptr: tl.tensor,  # (H, Q, K, D)
+    stride_codebooks: tl.tensor,
+    stride_q: tl.tensor,
+    stride_k: tl.tensor,
+    stride_d: tl.tensor,
+    indices_ptr: tl.tensor,  # (H, N, Q)
+    quantized_ptr: tl.tensor,  # out (H, N, D)
+    sums_ptr: tl.tensor,  # out (Q, H, programs) float64: of squared differences
+    N: tl.tensor,
+    blocks: tl.tensor,  # of ROWS rows, that a program takes one after the other
+    Q: tl.tensor,
+    D: tl.constexpr,
+    WORK: tl.constexpr,
+    STAGES: tl.constexpr,  # Q, to a power of two
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The sum of the codes of every row, and the first stage of each stage's loss. Grid (programs, H)."""
+    head = tl.program_id(1).to(tl.int64)
+    squares = tl.zeros((STAGES,), tl.float64)
+    for block in range(blocks):
+        row = (tl.program_id(0).to(tl.int64) * blocks + block) * ROWS + tl.arange(0, ROWS)
+        alive = row < N
+        at_row = x_ptr + head * stride_h + row_offsets(row, inner, stride_outer, stride_inner)
+        for start in range(0, D, COLUMNS):
+            column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+            inside = alive[:, None] & (column < D)
+            residual = tl.load(at_row[:, None] + column * stride_x, mask=inside, other=0.0).to(WORK)
+            quantized = tl.zeros((ROWS, COLUMNS), WORK)
+            for stage in range(Q):
+                index = tl.load(indices_ptr + (head * N + row) * Q + stage, mask=alive, other=0)
+                at_code = codebooks_ptr + head * stride_codebooks + stage * stride_q + index * stride_k
+                code = tl.load(at_code[:, None] + column * stride_d, mask=inside, other=0.0)
+                difference = residual.to(tl.float64) - code.to(tl.float64)
+                total = tl.sum(tl.sum(difference * difference, axis=1), axis=0)
+                squares += tl.where(tl.arange(0, STAGES) == stage, total, 0.0)
+                residual = residual - code.to(WORK)
+                # The first code is taken, not added to zero, which would lose the sign of a zero.
+                quantized = tl.where(stage > 0, quantized + code.to(WORK), code.to(WORK))
+            target = quantized_ptr + (head * N + row)[:, None] * D + column
+            tl.store(target, quantized.to(quantized_ptr.dtype.element_ty), mask=inside)
+    at = tl.arange(0, STAGES)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    parts = sums_ptr + at * programs + head * tl.num_programs(0) + tl.program_id(0)
+    tl.store(parts, squares, mask=at < Q)
+
+
+def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
+    per_head = codebooks.dim() == 4
+    codebooks = codebooks.resolve_neg().contiguous()
+    indices = residual_search(x, codebooks, metric)
+    rows = rows_of(x, per_head)
+    codes = codebooks if per_head else codebooks.unsqueeze(0)
+    heads, stages, _, D = codes.shape
+    work = working_dtype(x, codebooks)
+    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    losses = torch.empty(stages, dtype=work, device=x.device)
+    tile = tile_for(D)
+    blocks = max(1, triton.cdiv(rows.length, tile.rows * _PROGRAMS))
+    programs = triton.cdiv(rows.length, tile.rows * blocks)
+    sums = torch.empty((stages, heads, programs), dtype=torch.float64, device=x.device)
+    if sums.numel():
+        launch(
+            gather_stages_kernel,
+            (programs, heads),
+            *[rows.tensor, rows.inner, *rows.strides, codes, *codes.stride()],
+            *[indices, quantized, sums, rows.length, blocks, stages],
+            D=D,
+            WORK=tl.float64 if work == torch.float64 else tl.float32,
+            STAGES=triton.next_power_of_2(stages),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=4,
+        )
+    launch(
+        loss_kernel,
+        (stages,),
+        *[sums, None, losses, heads * programs, heads * rows.length, bits(1.0)],
+        D=D,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return quantized, indices, losses
 
 
 @triton.jit(do_not_specialize=["N", "all_rows"])

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import FAR, code_scale, frame_kernel, is_finite, norms, pack_codes_kernel, power_of_two, reciprocal, rounded
+from .codes import FAR, code_scale, is_finite, norms, pack_codes, power_of_two, reciprocal, rounded
 from .launch import Device, device_of, launch
 from .rows import Rows, row_offsets, rows_of
 
 LISTED = tl.constexpr(4)  # groups listed a row and split; more make the row whole
 NONE = tl.constexpr(-1)
 WHOLE = tl.constexpr(-2)
+NOBODY = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -89,6 +90,19 @@ def load_rows(
 
 
 @triton.jit
+def groups_within(best: tl.tensor, second: tl.tensor, bound: tl.tensor, first: tl.tensor, BITS: tl.constexpr) -> Any:
+    """The groups (rows, slots) whose minimum is at most the bound, NOBODY elsewhere; and which rows need all codes."""
+    slots: tl.constexpr = best.shape[1]
+    segment = best.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+    group = (first + segment) * slots + tl.arange(0, slots)[None, :]
+    # Not `best <= bound`: a bound that is NaN must let everything in.
+    group = tl.where(best > bound[:, None], NOBODY, group)
+    count = tl.sum((group != NOBODY).to(tl.int32), axis=1)
+    hidden = tl.max((~(second > bound[:, None])).to(tl.int32), axis=1)
+    return group, count, (hidden > 0) | (count > LISTED)
+
+
+@triton.jit
 def list_groups(
     listed_ptr: tl.tensor,  # out (LISTED, N) int32 of this head and split
     N: tl.tensor,
@@ -101,22 +115,14 @@ def list_groups(
     BITS: tl.constexpr,
 ) -> None:
     """Write the groups whose minimum is at most the bound: NONE fills up, WHOLE in the first place means too many."""
-    slots: tl.constexpr = best.shape[1]
-    nobody: tl.constexpr = 2**31 - 1
-    segment = best.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
-    group = (first_segment + segment) * slots + tl.arange(0, slots)[None, :]
-    # Not `best <= bound`: a bound that is NaN must let everything in.
-    group = tl.where(best > bound[:, None], nobody, group)
-    count = tl.sum((group != nobody).to(tl.int32), axis=1)
-    hidden = tl.max((~(second > bound[:, None])).to(tl.int32), axis=1)
-    whole = (hidden > 0) | (count > LISTED)
+    group, count, whole = groups_within(best, second, bound, first_segment, BITS)
     last = tl.min(group, axis=1)
     tl.store(listed_ptr + rows, tl.where(whole, WHOLE, tl.where(count > 0, last, NONE)), mask=alive)
     more = tl.max(tl.where(alive, count, 0), axis=0) > 1
     for place in tl.static_range(1, LISTED):
         found = tl.full(last.shape, NONE, tl.int32)
         if more:
-            last = tl.min(tl.where(group > last[:, None], group, nobody), axis=1)
+            last = tl.min(tl.where(group > last[:, None], group, NOBODY), axis=1)
             found = tl.where(count > place, last, NONE)
         tl.store(listed_ptr + place * N + rows, found, mask=alive)
 
@@ -199,6 +205,57 @@ def pair_minima(
     return tl.minimum(one, other)
 
 
+@triton.jit
+def screen_segments(
+    x: tl.tensor,
+    rounded_rows: tl.tensor,
+    alive: tl.tensor,
+    factor: tl.tensor,
+    codes_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BITS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> Any:
+    """The smallest and the second smallest packed group minimum of each column, over `count` segments from `first`."""
+    slots: tl.constexpr = COLUMNS // 2
+    segment_size: tl.constexpr = COLUMNS * STEPS
+    places = tl.arange(0, COLUMNS)
+    start = first * segment_size
+    # What the host allocated starts on a boundary, and so does every row of it.
+    codes = tl.multiple_of(codes_ptr + start * WIDTH, 16) + places[:, None] * WIDTH
+    bias = tl.multiple_of(bias_ptr + start, 16) + places
+    best = tl.full((ROWS, slots), FAR, tl.float32)
+    second = tl.full((ROWS, slots), FAR, tl.float32)
+    for segment in tl.range(0, count, num_stages=STAGES):
+        smallest = pair_minima(x, rounded_rows, codes, bias, factor, alive, WIDTH, CHUNK, slots)
+        for step in tl.static_range(1, STEPS):
+            tile = codes + step * COLUMNS * WIDTH
+            more = pair_minima(x, rounded_rows, tile, bias + step * COLUMNS, factor, alive, WIDTH, CHUNK, slots)
+            smallest = tl.minimum(smallest, more)
+        packed = pack(smallest, segment, BITS)
+        second = tl.minimum(second, tl.maximum(best, packed))
+        best = tl.minimum(best, packed)
+        codes += segment_size * WIDTH
+        bias += segment_size
+    return best, second
+
+
+@triton.jit
+def code_bounds(bounds_ptr: tl.tensor, parts: tl.tensor, PARTS: tl.constexpr) -> Any:
+    """The largest norm and the largest residual of a codebook's operands, scaled."""
+    part = tl.arange(0, PARTS)
+    norm = tl.max(tl.load(bounds_ptr + part * 2, mask=part < parts, other=0.0), axis=0)
+    residual = tl.max(tl.load(bounds_ptr + part * 2 + 1, mask=part < parts, other=0.0), axis=0)
+    return norm, residual
+
+
 @triton.jit(do_not_specialize=["N"])
 def screen_kernel(
     x_ptr: tl.tensor,
@@ -242,9 +299,6 @@ def screen_kernel(
     head = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = rows < N
-    slots: tl.constexpr = COLUMNS // 2
-    segment_size: tl.constexpr = COLUMNS * STEPS
-
     scale = 1.0
     if not RAW:
         scale = code_scale(frame_ptr, head, WIDTH, CHUNK)
@@ -271,29 +325,12 @@ def screen_kernel(
     share = tl.cdiv(segments, tl.num_programs(1))
     first = split * share
     count = tl.minimum(segments - first, share)
-    places = tl.arange(0, COLUMNS)
-    start = (head * segments + first) * segment_size
-    # What the host allocated starts on a boundary, and so does every row of it.
-    codes = tl.multiple_of(codes_ptr + start * WIDTH, 16) + places[:, None] * WIDTH
-    bias = tl.multiple_of(bias_ptr + start, 16) + places
-    best = tl.full((ROWS, slots), FAR, tl.float32)
-    second = tl.full((ROWS, slots), FAR, tl.float32)
-    for segment in tl.range(0, count, num_stages=STAGES):
-        smallest = pair_minima(x, rounded_rows, codes, bias, -ratio, alive, WIDTH, CHUNK, slots)
-        for step in tl.static_range(1, STEPS):
-            tile = codes + step * COLUMNS * WIDTH
-            more = pair_minima(x, rounded_rows, tile, bias + step * COLUMNS, -ratio, alive, WIDTH, CHUNK, slots)
-            smallest = tl.minimum(smallest, more)
-        packed = pack(smallest, segment, BITS)
-        second = tl.minimum(second, tl.maximum(best, packed))
-        best = tl.minimum(best, packed)
-        codes += segment_size * WIDTH
-        bias += segment_size
+    best, second = screen_segments(
+        *[x, rounded_rows, alive, -ratio, codes_ptr, bias_ptr, head * segments + first, count],
+        *[WIDTH, CHUNK, ROWS, COLUMNS, STEPS, BITS, STAGES],
+    )
 
-    part = tl.arange(0, PARTS)
-    bounds = bounds_ptr + (head * parts + part) * 2
-    code_norm = tl.max(tl.load(bounds, mask=part < parts, other=0.0), axis=0)
-    code_residual = tl.max(tl.load(bounds + 1, mask=part < parts, other=0.0), axis=0)
+    code_norm, code_residual = code_bounds(bounds_ptr + head * parts * 2, parts, PARTS)
     packing: tl.constexpr = 2.0 ** (BITS - 23)
     bound = threshold(
         *[tl.min(best, axis=1), norm * ratio, residual * ratio, code_norm, code_residual],
@@ -345,34 +382,61 @@ def interval(
 
 
 @triton.jit
+def one_term(score: tl.tensor, a: tl.tensor, b: tl.tensor, EUCLIDEAN: tl.constexpr) -> Any:
+    """A squared distance or a dot product with one dimension more; float64, each operation rounded on its own."""
+    if EUCLIDEAN:
+        a -= b
+        b = a
+    return score + a * b
+
+
+@triton.jit
 def canonical(
     x: tl.tensor,
     alive: tl.tensor,
     stride_d: tl.tensor,
     codes: tl.tensor,
     valid: tl.tensor,
-    D: tl.tensor,
+    D: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
 ) -> Any:
-    """What the contract minimises: float64, dimension by dimension, each operation rounded on its own.
+    """The contract's squared distance or dot product, dimension by dimension.
 
     `x` with `alive` and `codes` with `valid` are pointers of shapes that broadcast together.
     """
-    total = (alive & valid).to(tl.float64) * 0.0
+    score = (alive & valid).to(tl.float64) * 0.0
     for i in range(0, D):
         a = tl.load(x + i * stride_d, mask=alive, other=0.0).to(tl.float64)
         b = tl.load(codes + i, mask=valid, other=0.0).to(tl.float64)
-        if EUCLIDEAN:
-            term = a - b
-            total += term * term
-        else:
-            total += a * b
-    return total if EUCLIDEAN else -total
+        score = one_term(score, a, b, EUCLIDEAN)
+    return score
 
 
 @triton.jit
-def ranked(score: tl.tensor, valid: tl.tensor) -> Any:
-    """Canonical scores to be compared: NaN counts as infinite, and so does what is not there."""
+def residual_value(
+    x: tl.tensor,
+    alive: tl.tensor,
+    codebooks: tl.tensor,
+    chosen: tl.tensor,
+    stages: tl.tensor,
+    stride_q: tl.tensor,
+    D: tl.constexpr,
+    DOUBLE: tl.constexpr,
+) -> Any:
+    """What the chosen codes of the first `stages` stages leave of one value of each row, rounded once a stage."""
+    work: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    left = tl.load(x, mask=alive, other=0.0).to(work)
+    for stage in range(0, stages):
+        index = tl.load(chosen + stage, mask=alive, other=0)
+        left -= tl.load(codebooks + stage * stride_q + index * D, mask=alive, other=0.0).to(work)
+    return left
+
+
+@triton.jit
+def ranked(score: tl.tensor, valid: tl.tensor, EUCLIDEAN: tl.constexpr) -> Any:
+    """Canonical scores as they are minimised: NaN counts as infinite, and so does what is not there."""
+    if not EUCLIDEAN:
+        score = -score
     return tl.where(valid & (tl.abs(score) >= 0), score, float("inf"))
 
 
@@ -402,7 +466,6 @@ def rescore_kernel(
     ROWS: tl.constexpr,
 ) -> None:
     """The nearest code of every row that has its groups listed. Grid (row blocks, heads)."""
-    nobody: tl.constexpr = 2**31 - 1
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = rows < N
@@ -415,7 +478,7 @@ def rescore_kernel(
     reached = tl.full((ROWS,), float("inf"), work)  # the winner's score is at most this
     lowest = tl.full((ROWS,), float("inf"), work)  # the smallest lower end of an interval, whose it is, and the next
     runner_up = tl.full((ROWS,), float("inf"), work)
-    nearest = tl.full((ROWS,), nobody, tl.int32)
+    nearest = tl.full((ROWS,), NOBODY, tl.int32)
     whole = tl.zeros((ROWS,), tl.int1)
     place = listed
     for _ in range(0, splits * LISTED):
@@ -428,7 +491,7 @@ def rescore_kernel(
             codes = codebook + code.to(tl.int64) * D
             low, high = interval(x, alive, stride_d, codes, valid, D, CHUNK, EUCLIDEAN, DOUBLE)
             least = tl.min(low, axis=1)
-            whose = tl.min(tl.where(valid & (low == least[:, None]), code, nobody), axis=1)
+            whose = tl.min(tl.where(valid & (low == least[:, None]), code, NOBODY), axis=1)
             next_low = tl.min(tl.where(code == whose[:, None], float("inf"), low), axis=1)
             reached = tl.minimum(reached, tl.min(high, axis=1))
             runner_up = tl.minimum(tl.minimum(runner_up, next_low), tl.maximum(lowest, least))
@@ -439,7 +502,7 @@ def rescore_kernel(
     tied = (runner_up <= reached) & (lowest < float("inf")) & ~whole
     if tl.max(tied.to(tl.int32), axis=0) > 0:
         winning = tl.full((ROWS,), float("inf"), tl.float64)
-        winner = tl.full((ROWS,), nobody, tl.int32)
+        winner = tl.full((ROWS,), NOBODY, tl.int32)
         place = listed
         for _ in range(0, splits * LISTED):
             group = tl.load(place, mask=alive & tied, other=NONE)
@@ -449,20 +512,20 @@ def rescore_kernel(
                 valid = (group >= 0)[:, None] & (code < K)
                 codes = codebook + code.to(tl.int64) * D
                 score = canonical(x[:, None], alive[:, None], stride_d, codes, valid, D, EUCLIDEAN)
-                score = ranked(score, valid)
+                score = ranked(score, valid, EUCLIDEAN)
                 least = tl.min(score, axis=1)
-                whose = tl.min(tl.where(score == least[:, None], code, nobody), axis=1)
+                whose = tl.min(tl.where(score == least[:, None], code, NOBODY), axis=1)
                 better = (least < winning) | ((least == winning) & (whose < winner))
                 winner = tl.where(better & (least < float("inf")), whose, winner)
                 winning = tl.minimum(winning, least)
         nearest = tl.where(tied, winner, nearest)
 
-    nearest = tl.where(nearest == nobody, 0, nearest)  # every distance is infinite or NaN
+    nearest = tl.where(nearest == NOBODY, 0, nearest)  # every distance is infinite or NaN
     found = alive & ~whole
     tl.store(indices_ptr + head * N + rows, nearest.to(tl.int64), mask=found)
     if DISTANCES:
         distance = canonical(x, found, stride_d, codebook + nearest.to(tl.int64) * D, found, D, EUCLIDEAN)
-        tl.store(distances_ptr + head * N + rows, distance if EUCLIDEAN else -distance, mask=found)
+        tl.store(distances_ptr + head * N + rows, distance, mask=found)
     unfound = alive & whole
     if tl.max(unfound.to(tl.int32), axis=0) > 0:
         position = tl.atomic_add(queued_ptr + head + tl.zeros((ROWS,), tl.int32), 1, mask=unfound)
@@ -477,44 +540,59 @@ def whole_kernel(
     stride_outer: tl.tensor,
     stride_inner: tl.tensor,
     stride_d: tl.tensor,
-    codebook_ptr: tl.tensor,  # (H, K, D)
+    codebooks_ptr: tl.tensor,  # (H, Q, K, D)
     queue_ptr: tl.tensor,  # (H, N) int64
     queued_ptr: tl.tensor,  # (H) int32
-    indices_ptr: tl.tensor,  # out (H, N) int64
-    distances_ptr: tl.tensor,  # out (H, N); not written unless DISTANCES
+    indices_ptr: tl.tensor,  # out (H, N, Q) int64
+    distances_ptr: tl.tensor,  # out (H, N, Q); not written unless DISTANCES
     N: tl.tensor,
     K: tl.tensor,
+    Q: tl.tensor,
     D: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
+    DOUBLE: tl.constexpr,
     DISTANCES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Queued rows against every code, by the contract. Grid (programs, heads); each takes blocks of the queue."""
+    """Queued rows against every code of every stage, by the contract. Grid (programs, heads).
+
+    Each program takes blocks of the queue. What earlier stages left of a row is computed anew, value by value.
+    """
     head = tl.program_id(1).to(tl.int64)
     queued = tl.load(queued_ptr + head)
-    codebook = codebook_ptr + head * K * D
     for block in range(tl.program_id(0), tl.cdiv(queued, ROWS), tl.num_programs(0)):
         entry = block * ROWS + tl.arange(0, ROWS)
         alive = entry < queued
         rows = tl.load(queue_ptr + head * N + entry, mask=alive, other=0)
         x = x_ptr + head * stride_h + row_offsets(rows, inner, stride_outer, stride_inner)
-        winning = tl.full((ROWS,), float("inf"), tl.float64)
-        nearest = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, K, COLUMNS):
-            code = start + tl.arange(0, COLUMNS)
-            valid = (code < K)[None, :]
-            codes = (codebook + code.to(tl.int64) * D)[None, :]
-            score = canonical(x[:, None], alive[:, None], stride_d, codes, valid, D, EUCLIDEAN)
-            score = ranked(score, valid)
-            least = tl.min(score, axis=1)
-            whose = tl.min(tl.where(score == least[:, None], code[None, :], K), axis=1)
-            nearest = tl.where(least < winning, whose, nearest)
-            winning = tl.minimum(winning, least)
-        tl.store(indices_ptr + head * N + rows, nearest.to(tl.int64), mask=alive)
-        if DISTANCES:
-            distance = canonical(x, alive, stride_d, codebook + nearest.to(tl.int64) * D, alive, D, EUCLIDEAN)
-            tl.store(distances_ptr + head * N + rows, distance if EUCLIDEAN else -distance, mask=alive)
+        chosen = indices_ptr + (head * N + rows) * Q
+        for stage in range(0, Q):
+            codebook = codebooks_ptr + (head * Q + stage) * K * D
+            winning = tl.full((ROWS,), float("inf"), tl.float64)
+            nearest = tl.zeros((ROWS,), tl.int32)
+            for start in range(0, K, COLUMNS):
+                code = start + tl.arange(0, COLUMNS)
+                valid = (code < K)[None, :]
+                codes = codebook + code.to(tl.int64)[None, :] * D
+                score = tl.zeros((ROWS, COLUMNS), tl.float64)
+                for i in range(0, D):
+                    left = residual_value(
+                        x + i * stride_d, alive, codebooks_ptr + head * Q * K * D + i, chosen, stage, K * D, D, DOUBLE
+                    )
+                    other = tl.load(codes + i, mask=valid, other=0.0).to(tl.float64)
+                    score = one_term(score, left.to(tl.float64)[:, None], other, EUCLIDEAN)
+                score = ranked(score, valid, EUCLIDEAN)
+                least = tl.min(score, axis=1)
+                whose = tl.min(tl.where(score == least[:, None], code[None, :], K), axis=1)
+                nearest = tl.where(least < winning, whose, nearest)
+                winning = tl.minimum(winning, least)
+            tl.store(chosen + stage, nearest.to(tl.int64), mask=alive)
+            tl.debug_barrier()  # the next stage reads what other threads have stored
+            if DISTANCES:
+                distance = canonical(x, alive, stride_d, codebook + nearest.to(tl.int64) * D, alive, D, EUCLIDEAN)
+                distances = distances_ptr + (head * N + rows) * Q + stage
+                tl.store(distances, distance, mask=alive)
 
 
 class Tiles(NamedTuple):
@@ -530,7 +608,7 @@ class Tiles(NamedTuple):
 _ROUNDED_FROM = 128  # at this padded width and above, rows are rounded by a kernel of their own: registers run out
 _RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
 _GATHERED = 512
-_PACKED = 16  # codes or rows of a program that rounds them
+_ROUNDED = 16  # rows of a program that rounds them
 _ROWS_STAY = ("sm_90", "sm_100", "sm_103")
 _CHUNK = 128  # dimensions of one product where the width is more than 256
 
@@ -628,9 +706,10 @@ def search(
     launch(
         whole_kernel,
         (min(4 * device.multiprocessors, triton.cdiv(N, 8)), heads),
-        *[*where, codebook, queue, queued, indices, distances, N, K],
+        *[*where, codebook, queue, queued, indices, distances, N, K, 1],
         D=D,
         EUCLIDEAN=euclidean,
+        DOUBLE=double,
         DISTANCES=return_distance,
         ROWS=8,
         COLUMNS=128,
@@ -644,63 +723,29 @@ def screen(
     device: Device, rows: Rows, codebook: Tensor, euclidean: bool, width: int, tiles: Tiles, slack: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The groups that may hold each row's winner, and an empty queue."""
-    heads, N, D, K = rows.heads, rows.length, rows.dim, codebook.shape[-2]
+    heads, N, D = rows.heads, rows.length, rows.dim
     dtype, raw = operand_type(rows.tensor, codebook)
     chunk = width if width <= 256 else _CHUNK
-    segment = tiles.columns * tiles.steps
-    segments = triton.cdiv(K, segment)
-    size = segments * segment
-    parts = min(256, triton.cdiv(size, _PACKED))
+    packed = pack_codes(codebook.view(heads, -1, D), dtype, raw, euclidean, width, tiles.columns, tiles.steps)
+    segments = packed.segments
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=codebook.device)
 
-    frame = empty(heads, 2, width)
-    if not raw:
-        launch(
-            frame_kernel,
-            (triton.cdiv(width, 16), heads),
-            *[codebook, frame, K],
-            D=D,
-            WIDTH=width,
-            CENTRED=euclidean,
-            ROWS=128,
-            COLUMNS=16,
-            num_warps=4,
-            num_stages=1,
-        )
-    codes = empty(heads, size, width, dtype=dtype)
-    bias = empty(heads, size)
-    bounds = empty(heads, parts, 2)
-    launch(
-        pack_codes_kernel,
-        (parts, heads),
-        *[codebook, frame, codes, bias, bounds, K, size],
-        D=D,
-        WIDTH=width,
-        CHUNK=min(width, 64),
-        RAW=raw,
-        EUCLIDEAN=euclidean,
-        COLUMNS=tiles.columns,
-        STEPS=tiles.steps,
-        BLOCK=_PACKED,
-        num_warps=4,
-        num_stages=1,
-    )
     where = (rows.tensor, rows.inner, *rows.strides)
     by_kernel = width >= _ROUNDED_FROM
-    rounded_rows = empty(heads, N, width, dtype=dtype) if by_kernel else codes
-    figures = empty(heads, N, 3) if by_kernel else frame
+    rounded_rows = empty(heads, N, width, dtype=dtype) if by_kernel else packed.codes
+    figures = empty(heads, N, 3) if by_kernel else packed.frame
     if by_kernel:
         launch(
             round_rows_kernel,
-            (triton.cdiv(N, _PACKED), heads),
-            *[*where, frame, rounded_rows, figures, N],
+            (triton.cdiv(N, _ROUNDED), heads),
+            *[*where, packed.frame, rounded_rows, figures, N],
             D=D,
             WIDTH=width,
             CHUNK=64,
             RAW=raw,
-            ROWS=_PACKED,
+            ROWS=_ROUNDED,
             num_warps=4,
             num_stages=1,
         )
@@ -714,7 +759,8 @@ def screen(
     launch(
         screen_kernel,
         (blocks, splits, heads),
-        *[*where, rounded_rows, figures, frame, codes, bias, bounds, listed, queued, N, segments, parts],
+        *[*where, rounded_rows, figures, packed.frame, packed.codes, packed.bias, packed.bounds],
+        *[listed, queued, N, segments, packed.parts],
         D=D,
         WIDTH=width,
         CHUNK=chunk,
@@ -725,7 +771,7 @@ def screen(
         COLUMNS=tiles.columns,
         STEPS=tiles.steps,
         BITS=(share - 1).bit_length(),
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=triton.next_power_of_2(packed.parts),
         SLACK=slack,
         STAGES=tiles.stages,
         num_warps=tiles.warps,

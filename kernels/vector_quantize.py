@@ -67,16 +67,18 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=["parts", "all_rows", "weight_bits"])
 def loss_kernel(
-    sums_ptr: tl.tensor,  # (parts,) float64
+    sums_ptr: tl.tensor,  # (losses, parts) float64
     kept_ptr: tl.tensor,  # () int64, or None
-    loss_ptr: tl.tensor,  # out ()
+    loss_ptr: tl.tensor,  # out (losses,)
     parts: tl.tensor,
     all_rows: tl.tensor,
     weight_bits: tl.tensor,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The second stage of the loss: the mean of the squared differences, times its weight. Grid (1,)."""
+    """The second stage of the loss: the mean of the squared differences, times its weight. Grid (losses,)."""
+    sums_ptr += tl.program_id(0) * parts
+    loss_ptr += tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)

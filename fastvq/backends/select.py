@@ -85,14 +85,23 @@ def _warn_slow(device_type: str, why: str) -> None:
 _CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
+def serves(name: str, device_type: str) -> bool:
+    """Whether backend `name` takes tensors on such devices in this process."""
+    if name == "triton":
+        from fastvq.backends import triton
+
+        return triton.serves(device_type)
+    return name == "reference" or name in _CANDIDATES.get(device_type, ())
+
+
 def automatic(device_type: str) -> tuple[str, str | None]:
     """The backend that "auto" means for a device, and, where that is the slow reference, why."""
     reasons = []
     for name in _CANDIDATES.get(device_type, ()):
         why = missing(name)
-        if why is None:
+        if why is None and serves(name, device_type):
             return name, None
-        reasons.append(why)
+        reasons.append(why or f"{name} does not serve {device_type} tensors in this process")
     return "reference", "; ".join(reasons) or f"fastvq has no kernels for {device_type} devices"
 
 
@@ -112,6 +121,6 @@ def backend_for(backend: str | None, device: torch.device) -> ModuleType:
         why = missing(name)
         if why is not None:
             raise BackendUnavailableError(f"backend {name!r} is not available: {why}")
-        if name != "reference" and name not in _CANDIDATES.get(device.type, ()):
+        if not serves(name, device.type):
             raise ValueError(f"backend {name!r} does not serve tensors on {device.type}")
     return _module(name)

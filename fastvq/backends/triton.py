@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +12,18 @@ def missing() -> str | None:
     """Why this backend cannot serve, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    return "fastvq's Triton kernels are not complete yet"
+    from fastvq.kernels import launch
+
+    if launch.interpreted() or torch.cuda.is_available():
+        return None
+    return "Triton finds no CUDA or ROCm device (with TRITON_INTERPRET=1 it runs on the CPU, slowly, for tests)"
+
+
+def serves(device_type: str) -> bool:
+    """Whether tensors on such devices can be given to this backend in this process."""
+    from fastvq.kernels import launch
+
+    return device_type == ("cpu" if launch.interpreted() else "cuda")
 
 
 def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
@@ -67,6 +79,13 @@ def ema_update_(
     from fastvq.kernels import ema_update as kernels
 
     kernels.ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay, eps)
+
+
+def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
+    from fastvq.kernels import residual_quantize as kernels
+
+    return kernels.residual_quantize(x, codebooks, metric)
 
 
 def residual_quantize_backward(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastvq
+from fastvq.backends import select
 
 N, K, D, H, Q = 6, 5, 4, 3, 2
 
@@ -204,7 +205,18 @@ def test_unknown_backend_of_the_context_and_the_environment(monkeypatch):
     search(backend="reference")  # who names a backend does not ask the environment
 
 
+@pytest.fixture
+def _no_interpreter(monkeypatch):
+    """As outside the tests, where Triton needs a device."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    select.missing.cache_clear()
+    yield
+    select.missing.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("_no_interpreter")
 def test_backends_that_are_not_there_say_what_is_missing(name):
     for backend, missing in (("triton", "Triton"), ("cuda", "CUDA")):
         message = rf"^backend '{backend}' is not available: .*{missing}"
