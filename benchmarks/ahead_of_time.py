@@ -107,6 +107,7 @@ def operator_calls(x: Tensor, codebook: Tensor, metric: str, option: bool) -> li
         lambda: backend.vector_quantize_backward(rows, scalar, *gradients),
         lambda: backend.code_sums(rows, chosen, codebook.shape[0], mask, option),
         lambda: backend.ema_update_(codes, counts, sums, counts, sums, 0.9, 1e-5),
+        lambda: backend.residual_quantize(x, codebooks, metric),
         lambda: backend.residual_quantize_backward(x, sums.new_empty(8), x, codebooks, stages, True, True),
     ]
 

@@ -68,7 +68,7 @@ def gather_stages_kernel(
                 # The first code is taken, not added to zero, which would lose the sign of a zero.
                 quantized = tl.where(stage > 0, quantized + code.to(WORK), code.to(WORK))
             target = quantized_ptr + (head * N + row)[:, None] * D + column
-            tl.store(target, quantized.to(quantized_ptr.dtype.element_ty), mask=inside)
+            tl.store(target, narrow(quantized.to(tl.float64), quantized_ptr.dtype.element_ty), mask=inside)
     at = tl.arange(0, STAGES)
     programs = tl.num_programs(0) * tl.num_programs(1)
     parts = sums_ptr + at * programs + head * tl.num_programs(0) + tl.program_id(0)

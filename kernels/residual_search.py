@@ -32,7 +32,7 @@ from .search import (
 )
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K", "Q", "segments", "parts"])
 def stages_kernel(
     x_ptr: tl.tensor,
     inner: tl.tensor,
@@ -137,7 +137,7 @@ def stages_kernel(
 
 
 class StageTiles(NamedTuple):
-    """How `stages_kernel` is cut; a pure function of device and width, see `stage_tiles`."""
+    """How `stages_kernel` is cut; see `stage_tiles`."""
 
     rows: int
     columns: int
@@ -146,10 +146,10 @@ class StageTiles(NamedTuple):
     stages: int  # of the pipeline that loads codes
 
 
-_WIDEST = 256  # padded dimensions of a residual that registers hold
+_WIDEST = 128  # padded dimensions of a residual that registers hold
 
 
-def stage_tiles(device: Device, width: int) -> StageTiles:
+def stage_tiles(device: Device) -> StageTiles:
     """Tiles for all stages of a block of rows.
 
     Shared memory: the rows as an operand and a pipeline of code tiles, at most
@@ -157,8 +157,7 @@ def stage_tiles(device: Device, width: int) -> StageTiles:
     """
     if device.backend == "interpreter":
         return StageTiles(rows=16, columns=32, steps=2, warps=4, stages=1)
-    rows, columns = (64, 64) if width <= 128 else (32, 32)
-    return StageTiles(rows=rows, columns=columns, steps=2, warps=8, stages=2)
+    return StageTiles(rows=64, columns=64, steps=2, warps=8, stages=2)
 
 
 def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.0) -> Tensor:
@@ -180,7 +179,7 @@ def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.
     if width > _WIDEST or work == torch.float64:
         return _stage_by_stage(x.to(work), codebooks, metric, indices, slack)
     device = device_of(x)
-    tiles = stage_tiles(device, width)
+    tiles = stage_tiles(device)
     packed = pack_codes(codebooks.view(-1, K, D), torch.float16, False, euclidean, width, tiles.columns, tiles.steps)
     queue = torch.empty((heads, N), dtype=torch.int64, device=x.device)
     queued = torch.zeros(heads, dtype=torch.int32, device=x.device)
