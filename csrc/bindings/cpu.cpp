@@ -78,6 +78,13 @@ PYBIND11_MODULE(_cpu, m) {
     });
   });
 
+  m.def("search_counts", [](const py::tuple& x, const py::tuple& codebook, int threads) {
+    const fastvq::Tensor rows = tensor(x), codes = tensor(codebook);
+    fastvq::SearchCounts counts;
+    run([&] { counts = fastvq::search_counts(rows, codes, threads); });
+    return py::make_tuple(counts.rows, counts.open, counts.exact);
+  });
+
   m.def("vector_quantize", [](const py::tuple& x, const py::tuple& codebook, bool heads, bool dot, double weight,
                               Address mask, Address quantized, Address indices, const py::tuple& loss, int threads) {
     const fastvq::Tensor rows = tensor(x), codes = tensor(codebook), out = tensor(loss);

@@ -94,6 +94,9 @@ class BlockSearch {
     return source_;
   }
 
+  // What becomes of the rows of packed codebooks from now on is added there.
+  void count_in(SearchCounts* counts) { counts_ = counts; }
+
   // Loads rows first .. first+count-1, widened; the lanes past them are zero. Those after them are fetched into the
   // cache meanwhile: sixteen strided streams are more than the hardware foresees.
   void load(const Rows& x, std::int64_t first, int count) {
@@ -124,6 +127,7 @@ class BlockSearch {
     scratch.code = code_.get();
     scratch.score = score_.get();
     scratch.trial = &trial_;
+    scratch.counts = counts_;
     kernel_.nearest(codes.view, block, scratch, found);
   }
 
@@ -185,6 +189,7 @@ class BlockSearch {
   const float* source_[kMaxLanes];  // where the rows that are loaded lie, if they do as D floats each
   bool in_place_ = false;
   Int8Trial trial_;
+  SearchCounts* counts_ = nullptr;
 };
 
 // Calls f with a null float or double pointer: what rows are widened to.

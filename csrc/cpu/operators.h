@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "codebook.h"
+#include "row_kernel.h"
 #include "tensor.h"
 
 namespace fastvq {
@@ -14,6 +15,9 @@ namespace fastvq {
 // indices (...); distances (...), float or double as `distances.dtype` says, or null data.
 void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, bool certify, std::int64_t* indices,
             const Tensor& distances, int threads);
+
+// What becomes of the rows of x when they are searched for their nearest codes; both float, without heads.
+SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads);
 
 // quantized (..., D) in the dtype of x; loss (), `weight` times the mean squared difference of the unmasked rows.
 void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, double weight,

@@ -29,6 +29,13 @@ struct Int8Trial {
   int penalty = 0;  // how many blocks the next failure skips
 };
 
+// What became of rows that were searched.
+struct SearchCounts {
+  std::int64_t rows = 0;
+  std::int64_t open = 0;   // for which the screen left more than one code
+  std::int64_t exact = 0;  // decided in float64
+};
+
 // One a thread; pointers are aligned to 64 bytes.
 struct BlockScratch {
   float* centred = nullptr;        // [D][lanes]
@@ -41,6 +48,7 @@ struct BlockScratch {
   std::int64_t* code = nullptr;  // [kMaxCandidates]
   float* score = nullptr;        // [kMaxCandidates]
   Int8Trial* trial = nullptr;
+  SearchCounts* counts = nullptr;  // null unless somebody asks
 };
 
 struct Nearest {

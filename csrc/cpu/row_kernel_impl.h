@@ -268,6 +268,13 @@ class Candidates {
     for (float& best : best_) best = kInfinity;
   }
 
+  // How many codes a row has.
+  int count_of(int lane) const {
+    int count = 0;
+    for (int i = 0; i < count_; ++i) count += scratch_.lane[i] == lane;
+    return count;
+  }
+
   // For each row, the smallest score of its codes.
   const float* best() const { return best_; }
 
@@ -461,6 +468,12 @@ void screened_nearest(const CodebookView& codebook, const RowBlock& block, const
     float threshold[kLanes];
     bounds.thresholds(candidates.best(), threshold);
     candidates.decide(threshold, block.want_value, &exact, nearest, decided);
+    if (scratch.counts) {
+      for (int l = 0; l < block.count; ++l) {
+        scratch.counts->open -= candidates.count_of(l) == 1;
+        scratch.counts->exact -= decided[l];
+      }
+    }
   }
   for (int l = 0; l < block.count; ++l)
     if (!decided[l]) exact.finish(l, nearest);
@@ -526,6 +539,11 @@ float scan(const float* codes, std::int64_t stride, std::int64_t count, std::int
 }
 
 void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch, Nearest* found) {
+  if (scratch.counts) {  // all are looked at again in float64, until the screen takes some away
+    scratch.counts->rows += block.count;
+    scratch.counts->open += block.count;
+    scratch.counts->exact += block.count;
+  }
   if (codebook.metric == Metric::kDot) return nearest_with<true>(codebook, block, scratch, found);
   nearest_with<false>(codebook, block, scratch, found);
 }

@@ -51,4 +51,34 @@ void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, 
   }
 }
 
+SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads) {
+  const bool is_double = x.dtype == DType::kFloat64;
+  const Rows rows = x.rows(), codes = codebook.rows();
+  // Packed, however few the rows: that is what the counts are of.
+  const auto packed = packed_codebook(codes, Metric::kEuclidean, !is_double, threads);
+  const SearchCodes ready{codes, packed, packed->view(codes)};
+  SearchCounts total;
+  std::mutex mutex;
+  dispatch_working(is_double, [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
+    parallel(row_tasks(rows.count), threads, [&](Tasks& tasks) {
+      BlockSearch<X> block(row_kernel(), rows.width, ready.view.groups, threads);
+      SearchCounts counts;
+      block.count_in(&counts);
+      Nearest nearest;
+      for (std::int64_t task; tasks.next(&task);) {
+        for_each_block(task, rows.count, block.lanes(), [&](std::int64_t first, int count) {
+          block.load(rows, first, count);
+          block.nearest(ready, count, true, false, &nearest);
+        });
+      }
+      const std::lock_guard<std::mutex> lock(mutex);
+      total.rows += counts.rows;
+      total.open += counts.open;
+      total.exact += counts.exact;
+    });
+  });
+  return total;
+}
+
 }  // namespace fastvq

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,20 @@ def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, prec
         torch.get_num_threads(),
     )
     return indices, distances
+
+
+class SearchCounts(NamedTuple):
+    """What became of the rows of a search."""
+
+    rows: int
+    second_look: int  # rows for which the screen left more than one code
+    exact: int  # rows whose code was decided in float64
+
+
+def search_counts(x: Tensor, codebook: Tensor) -> SearchCounts:
+    """A search of (N, D) rows among (K, D) codes that tells how far each went, and nothing else."""
+    x, codebook = _readable(x), _readable(codebook)
+    return SearchCounts(*_kernels.search_counts(_pass(x), _pass(codebook), torch.get_num_threads()))
 
 
 def vector_quantize(
