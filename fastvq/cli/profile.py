@@ -45,8 +45,8 @@ class Point:
         peak_mib: memory that a call takes at most beside its inputs; None where the system does not tell.
         naive_mib: the same of the naive version.
         naive_measured: whether it was measured, or is two N x K matrices of float32, which is what it makes.
-        second_look: share of the rows for which the screen left more than one group of codes; None where the backend
-            does not count.
+        second_look: share of the rows for which the screen left more than one code; None where the backend does not
+            count.
         exact: share of the rows whose code was decided in float64.
     """
 

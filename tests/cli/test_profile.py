@@ -38,6 +38,7 @@ def test_profile(tmp_path, call, small):
         assert float(row["peak_mib"]) < 8
         assert min(float(row[limit]) for limit in ("copy_gbs", "float32_gops")) > 0
         assert (row["backend"], row["threads"]) == ("cpu", "1")
+        assert 0 <= float(row["exact"]) <= float(row["second_look"]) <= 1
     assert float(rows[1]["naive_mib"]) == 2 * 300 * 8192 * 4 / 2**20
     events = {event.get("name") for event in json.loads((out / "trace.json").read_text())["traceEvents"]}
     assert {"fastvq::search", "search N=300 K=16 D=40", "search N=300 K=8192 D=40"} <= events
