@@ -10,6 +10,7 @@ from fastvq.nn.lfq import LFQ
 from fastvq.nn.random_projection import RandomProjectionQuantizer
 from fastvq.nn.residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from fastvq.nn.residual_lfq import GroupedResidualLFQ, ResidualLFQ
+from fastvq.nn.residual_vq import GroupedResidualVQ, ResidualVQ
 from fastvq.nn.sim_vq import ResidualSimVQ, SimVQ
 from fastvq.nn.vector_quantize import VectorQuantize
 
@@ -21,12 +22,14 @@ __all__ = [
     "EvoLFQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
+    "GroupedResidualVQ",
     "HierarchicalVQ",
     "LatentQuantize",
     "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
     "ResidualSimVQ",
+    "ResidualVQ",
     "SimVQ",
     "VectorQuantize",
 ]

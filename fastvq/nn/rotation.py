@@ -79,3 +79,51 @@ def rotate_gradient(x: Tensor, quantized: Tensor) -> Tensor:
     """
     rotated: Tensor = _RotateGradient.apply(x.detach(), quantized)
     return rotated
+
+
+def _turn_through_stages(x: Tensor, g: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
+    total, residual = torch.zeros_like(g), x
+    for codes, index in zip(codebooks, indices.unbind(-1), strict=True):
+        q = codes[index]
+        total += _turn(residual, q, g)
+        residual = residual - q
+    return total
+
+
+class _RotateResidualGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, quantized: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, _, indices, codebooks = inputs
+        ctx.save_for_backward(x, indices, codebooks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, indices, codebooks = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])
+        whole = torch.compiler.is_compiling() or grad.device.type != "cpu"
+        pieces = 1 if whole else -(-grad.numel() // _PIECE) or 1
+        parts = zip(*(t.tensor_split(pieces) for t in rows), strict=True)
+        turned = [_turn_through_stages(part, g, index, codebooks) for part, g, index in parts]
+        return torch.cat(turned).view(x.shape), None, None, None
+
+
+def rotate_residual_gradient(x: Tensor, quantized: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
+    """`quantized` as it is; its gradient reaches x through every stage, turned there as by `rotate_gradient`.
+
+    With r_q what stage q quantises, to c_q, and R_q the rotation and scaling from r_q to c_q: the gradient g of the
+    output arrives as the sum of all R_q' g. The residuals are made again in the backward pass, so that only x, the
+    codes and the indices are kept.
+
+    Args:
+        x: (..., D), float32 or float64.
+        quantized: (..., D), the sum of the codes; no gradient goes to it.
+        indices: (..., Q).
+        codebooks: (Q, K, D); no gradient goes to them.
+    """
+    rotated: Tensor = _RotateResidualGradient.apply(x, quantized.detach(), indices, codebooks.detach())
+    return rotated
