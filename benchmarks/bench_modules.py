@@ -33,6 +33,11 @@ MODULES = {
         {"dim": 10, "codebook_size": 1024, "num_quantizers": 8},
         (4, 1024, 10),
     ),
+    "ResidualVQ, 8 stages of 2^10, D = 128": (
+        "ResidualVQ",
+        {"dim": 128, "codebook_size": 1024, "num_quantizers": 8},
+        (8, 750, 128),
+    ),
 }
 TOO_LARGE = {("LFQ, 2^18 codes", "peer")}  # its temporaries of 4096 x 2^18 numbers are 4 GiB each, ten of them
 

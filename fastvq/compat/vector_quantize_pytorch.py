@@ -1,7 +1,6 @@
 """In place of vector-quantize-pytorch: `import fastvq.compat.vector_quantize_pytorch as vector_quantize_pytorch`.
 
-It has every name that version 1.32.0 of the package exports. A class that fastvq lacks raises an AttributeError (an
-ImportError where it is imported by name) that says so; docs/compat.md tells what differs in the others.
+It has every name that version 1.32.0 of the package exports; docs/compat.md tells what differs.
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ _CLASSES = (
 )
 _NOT_IN_SEQUENTIAL = {"BinaryMapper", "EvoLFQ"}  # no layers from x to quantized, there nor here
 
-__all__ = [*(name for name in _CLASSES if hasattr(fastvq, name)), "Sequential"]  # noqa: PLE0604
+__all__ = [*_CLASSES, "Sequential"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
-        if hasattr(fastvq, name):
-            return getattr(fastvq, name)
-        raise AttributeError(f"fastvq {fastvq.__version__} has no {name} yet; vector_quantize_pytorch has one")
+        return getattr(fastvq, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor does vector_quantize_pytorch 1.32.0")
 
 

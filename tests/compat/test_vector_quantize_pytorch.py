@@ -22,13 +22,7 @@ def test_the_walk_finds_names() -> None:
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_every_exported_name(name: str) -> None:
-    """It is there, takes the same arguments, or says that it is missing."""
-    if name != "Sequential" and not hasattr(fastvq, name):
-        with pytest.raises(AttributeError, match=f"has no {name} yet"):
-            getattr(ours, name)
-        with pytest.raises(ImportError, match=name):
-            exec(f"from fastvq.compat.vector_quantize_pytorch import {name}")
-        return
+    """It is there, and takes the same arguments."""
     mine = getattr(ours, name)
     assert name in ours.__all__
     assert name in dir(ours)
