@@ -63,9 +63,9 @@ class Beams:
 
         inputs = torch.cat([self.inputs, self.residual.detach().unsqueeze(3)], 3)
         return Beams(
-            (self.residual.unsqueeze(3) - passed.reshape(*split, -1)).flatten(2, 3),
-            (self.total.unsqueeze(3) + quantized.reshape(*split, -1)).flatten(2, 3),
-            (self.scores.unsqueeze(3) - losses.reshape(split) * weight).flatten(2, 3),
+            (self.residual.unsqueeze(3) - passed.reshape(*split, passed.shape[-1])).flatten(2, 3),
+            (self.total.unsqueeze(3) + quantized.reshape(*split, passed.shape[-1])).flatten(2, 3),
+            (self.scores.unsqueeze(3) - losses.detach().reshape(split) * weight).flatten(2, 3),
             followed(self.indices, indices),
             followed(self.losses, losses.to(self.losses.dtype)),
             before(inputs).flatten(2, 3),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,10 @@ from fastvq.nn.layout import Layout
 from fastvq.nn.recompute import recomputing
 from fastvq.nn.residual import GroupedStages, ResidualStages
 from fastvq.nn.rotation import rotate_residual_gradient
-from fastvq.nn.stage_dropout import host_seed, shared_draw
+from fastvq.nn.stage_dropout import host_seed
 from fastvq.nn.straight_through import straight_through
 from fastvq.nn.vector_quantize import VectorQuantize
 
-_SEEDS = 10_000
 _DIVEQ_VARIANCE = 5e-3  # of the noise on the direction, that of vector-quantize-pytorch
 
 
@@ -267,10 +265,8 @@ class ResidualVQ(ResidualStages):
     def _last_stage(self, device: torch.device, seed: int | None) -> int | Tensor | None:
         if self._dropout is None or not self.training:
             return None
-        seed = host_seed(device) if seed is None else seed
-        steps = self._first.in_place_codebook_optimizer is not None
-        if seed is None and (steps or not self._ready):  # what an optimizer or k-means does cannot be undone
-            seed = int(shared_draw(_SEEDS, device))
+        if seed is None:  # what an optimizer or k-means does cannot be undone
+            seed = host_seed(device, wait=self._first.in_place_codebook_optimizer is not None or not self._ready)
         return self._dropout.last(device, seed)
 
     @property
@@ -339,6 +335,15 @@ class ResidualVQ(ResidualStages):
             raise ValueError("indices must not hold -1: take them from eval mode, where no stage drops out")
         return indices
 
+    def _stages_of(self, call: _Call) -> int:
+        """How many stages run."""
+        return self.num_quantizers if call.last is None else min(int(call.last) + 1, self.num_quantizers)
+
+    def _padded(self, indices: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (B, N, q) and losses (q,) of the stages that ran, as those of all Q."""
+        left_out = self.num_quantizers - indices.shape[-1]
+        return nn.functional.pad(indices, (0, left_out), value=-1), nn.functional.pad(losses, (0, left_out))
+
     # ---- the stages, all in one call ----------------------------------------------------------------------------
 
     def _fuses(self, call: _Call) -> bool:
@@ -369,11 +374,12 @@ class ResidualVQ(ResidualStages):
 
     def _at_once(self, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
         first = self._first
-        stages = self.num_quantizers if call.last is None else min(int(call.last) + 1, self.num_quantizers)
+        stages = self._stages_of(call)
         learns = self.training and not call.frozen
         books = self._books[:stages]
         codes = torch.cat([book.codes(changing=learns and book.writes(None)) for book in books])
-        taught = codes if learns and first.learnable_codebook else codes.detach()
+        codes = codes.detach() if call.frozen else codes
+        taught = codes if self.training and first.learnable_codebook else codes.detach()
         quantized, indices, losses = functional.residual_quantize(rows if self.training else rows.detach(), taught)
         if self.training and rows.requires_grad:
             quantized = (
@@ -381,10 +387,10 @@ class ResidualVQ(ResidualStages):
                 if first.rotation_trick
                 else straight_through(stages * quantized, quantized)  # once for each stage; the operator passes it once
             )
+        elif codes.requires_grad and torch.is_grad_enabled():
+            found = torch.stack([part[index] for part, index in zip(codes, indices.unbind(-1), strict=True)])
+            quantized = straight_through(found.sum(0).to(quantized.dtype), quantized)
         if not self.training:
-            if codes.requires_grad and torch.is_grad_enabled():
-                found = torch.stack([part[index] for part, index in zip(codes, indices.unbind(-1), strict=True)])
-                quantized = straight_through(found.sum(0), quantized)
             return quantized, indices, torch.zeros_like(losses.detach())
         if learns and not recomputing():
             residual = rows.detach()
@@ -396,9 +402,7 @@ class ResidualVQ(ResidualStages):
         losses = losses * first.commitment_weight if first.has_commitment_loss else torch.zeros_like(losses)
         if torch.is_grad_enabled() and not losses.requires_grad and not torch.compiler.is_compiling():
             losses.requires_grad_()  # as `VectorQuantize` does, so that backward works on fixed features too
-        left_out = self.num_quantizers - stages
-        indices = nn.functional.pad(indices, (0, left_out), value=-1)
-        return quantized, indices, nn.functional.pad(losses, (0, left_out))
+        return quantized, *self._padded(indices, losses)
 
     # ---- the stages in turn -------------------------------------------------------------------------------------
 
@@ -434,7 +438,7 @@ class ResidualVQ(ResidualStages):
                 index = call.given[..., number]
             elif isinstance(call.last, Tensor):
                 runs = number <= call.last
-                with _undone_unless(runs, layer._codebook):
+                with _undone_unless(runs, layer._codebook, frozen=call.frozen):
                     quantized, index, loss = layer(residual, mask=call.mask, **arguments)
                 quantized, index = torch.where(runs, quantized, 0.0), torch.where(runs, index, -1)
                 loss = torch.where(runs, loss, 0.0)
@@ -469,7 +473,7 @@ class ResidualVQ(ResidualStages):
             raise ValueError(f"indices need beam_size=None or 1; got {call.beam_size}")
         if self.training and not self._first.has_commitment_loss:
             raise ValueError("beam_size above 1 needs commitment_weight above 0 in training, to score by; got none")
-        stages = self.num_quantizers if call.last is None else min(int(call.last) + 1, self.num_quantizers)
+        stages = self._stages_of(call)
         beams = Beams.of(rows)
         for number in range(stages):
             width = beams.scores.shape[2]
@@ -490,15 +494,16 @@ class ResidualVQ(ResidualStages):
             for layer, taken, index in zip(self.layers, stage_inputs, indices.unbind(-1), strict=False):
                 layer.update_indices(taken, index, mask=call.mask)
         self._finish(stage_inputs, call)
-        left_out = self.num_quantizers - stages
-        indices = nn.functional.pad(indices, (0, left_out), value=-1)
-        return total, indices, nn.functional.pad(losses, (0, left_out))
+        return total, *self._padded(indices, losses)
 
 
 @contextmanager
-def _undone_unless(runs: Tensor, book: Codebook) -> Iterator[None]:
+def _undone_unless(runs: Tensor, book: Codebook, *, frozen: bool) -> Iterator[None]:
     """What happens to the state of the codebook in here counts only if `runs`, a bool () on the device."""
-    state = [*chain(book.buffers(recurse=False), book.parameters(recurse=False))]
+    written = not frozen and book.writes(None)  # else the backward pass needs the codes themselves, as they lie
+    state = [
+        t for t in (*book.buffers(recurse=False), *book.parameters(recurse=False)) if written or t is not book.embed
+    ]
     before = [tensor.detach().clone() for tensor in state]
     yield
     with torch.no_grad():

@@ -123,7 +123,11 @@ def rotate_residual_gradient(x: Tensor, quantized: Tensor, indices: Tensor, code
         x: (..., D), float32 or float64.
         quantized: (..., D), the sum of the codes; no gradient goes to it.
         indices: (..., Q).
-        codebooks: (Q, K, D); no gradient goes to them.
+        codebooks: (Q, K, D), any floating dtype; no gradient goes to them.
+
+    Returns:
+        (..., D), exactly `quantized`.
     """
-    rotated: Tensor = _RotateResidualGradient.apply(x, quantized.detach(), indices, codebooks.detach())
+    codes = codebooks.detach().to(x.dtype)
+    rotated: Tensor = _RotateResidualGradient.apply(x, quantized.detach(), indices, codes)
     return rotated

@@ -19,10 +19,10 @@ def shared_draw(high: int, device: torch.device) -> Tensor:
     return all_reduce_(torch.randint(high, (), device=device)) % high
 
 
-def host_seed(device: torch.device) -> int | None:
-    """A seed that all processes share, where the host need not wait for it: on the CPU, outside of a graph."""
+def host_seed(device: torch.device, *, wait: bool = False) -> int | None:
+    """A seed that all processes share, where the host need not `wait` for it: on the CPU, outside of a graph."""
     waiting = device.type != "cpu" or torch.compiler.is_compiling()
-    return None if waiting else int(shared_draw(_SEEDS, device))
+    return None if waiting and not wait else int(shared_draw(_SEEDS, device))
 
 
 class StageDropout:

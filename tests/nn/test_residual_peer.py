@@ -11,6 +11,7 @@ import pytest
 import torch
 import vector_quantize_pytorch as peer
 from peers import assert_agree, observe, tensors
+from test_graphs import NoHostSync
 from torch import nn
 
 import fastvq
@@ -217,9 +218,11 @@ def test_all_at_once_is_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(fused["out.0"], looped["out.0"])
 
 
-def test_dropout_without_a_host_is_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, LEARNABLE, {"threshold_ema_dead_code": 2}, {"freeze_codebook": True}], ids=str)
+def test_dropout_without_a_host_is_dropout(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the last stage is a tensor, stages past it leave no trace: the state, losses and gradients of an int."""
-    layers = [fastvq.ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=CODES, quantize_dropout=True) for _ in "ab"]
+    options = {"dim": DIM, "num_quantizers": 3, "codebook_size": CODES, "quantize_dropout": True} | options
+    layers = [fastvq.ResidualVQ(**options) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(BATCH, LENGTH, DIM)
     found = []
@@ -283,7 +286,7 @@ def test_errors_name_the_argument(message: str, options: dict[str, Any]) -> None
 
 
 def test_compiles_whole_and_exports() -> None:
-    for options in ({}, {"quantize_dropout": True}, {"shared_codebook": True, "use_cosine_sim": True}):
+    for options in ({}, {"quantize_dropout": True}):  # all stages at once; in turn, with the last one on the device
         torch.manual_seed(0)
         layer = fastvq.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=CODES, **options)
         other = copy.deepcopy(layer)
@@ -298,14 +301,68 @@ def test_compiles_whole_and_exports() -> None:
         assert torch.equal(exported(x)[1], layer(x)[1])
 
 
-def test_narrow_dtypes_and_checkpointing() -> None:
-    layer = fastvq.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=CODES, codebook_dim=4)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+@pytest.mark.parametrize("options", [{}, LEARNABLE], ids=["EMA", "learnable"])
+def test_fixed_features(options: dict[str, Any]) -> None:
+    """From an input without a gradient, the output trains the codes where they are learnable; backward always runs."""
+    layers = twins(**options)
+    x = torch.randn(BATCH, LENGTH, DIM)
+    weights = torch.randn(BATCH, LENGTH, DIM)
+    gradients: list[dict[str, Any]] = []
+    for layer in layers:
+        quantized, _, losses = layer(x)
+        ((quantized * weights).sum() + losses.sum()).backward()
+        gradients.append({name: p.grad for name, p in layer.named_parameters()})
+    assert_agree(*gradients)
+
+
+def test_a_shared_codebook_and_its_optimizer() -> None:
+    """One step at the end, on the errors of all stages; the peer's never steps."""
+    torch.manual_seed(0)
+    options = LEARNABLE | {"in_place_codebook_optimizer": partial(torch.optim.SGD, lr=0.1)}
+    layer = fastvq.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=CODES, shared_codebook=True, **options)
+    codes = layer.codebooks[0].detach().clone().requires_grad_()
+    x = torch.randn(BATCH, LENGTH, DIM)
+    _, indices, _ = layer(x)
+    residual, loss = x, torch.zeros(())
+    for index in indices.unbind(-1):
+        loss = loss + nn.functional.mse_loss(codes[index], residual)
+        residual = residual - codes[index].detach()
+    loss.backward()
+    torch.testing.assert_close(layer.codebooks[1].detach(), (codes - 0.1 * codes.grad).detach())
+
+
+@pytest.mark.parametrize("key", ["default", "QINCo", "beams", "shared", "cosine", "learnable"])
+def test_nobody_waits_and_no_rows_do_no_harm(key: str) -> None:
+    torch.manual_seed(0)
+    layer = fastvq.ResidualVQ(**{"dim": DIM, "codebook_size": CODES, "num_quantizers": STAGES} | OPTIONS[key])
+    x = torch.randn(BATCH, LENGTH, DIM)
+    for training in (True, False):
+        layer.train(training)
+        for mask in (None, MASK):
+            leaf = x.clone().requires_grad_()
+            with NoHostSync():
+                quantized, _, losses = layer(leaf, mask=mask)
+                (leaf.sum() + quantized.sum() + losses.sum()).backward()
+        quantized, indices, losses = layer(x[:0])
+        assert (quantized.shape, indices.shape) == ((0, LENGTH, DIM), (0, LENGTH, STAGES))
+        assert losses.isfinite().all()
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    for options, cast in (({"codebook_dim": 4}, False), ({}, False), ({}, True), (LEARNABLE, True)):
+        layer = fastvq.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=CODES, **options)
+        layer = layer.to(dtype) if cast else layer
         x = torch.randn(2, 9, DIM, dtype=dtype, requires_grad=True)
         quantized, indices, losses = layer(x)
         assert (quantized.dtype, indices.dtype) == (dtype, torch.int64)
         (quantized.sum() + losses.sum()).backward()
         assert x.grad.isfinite().all()
+        assert layer.eval()(x)[0].dtype == dtype
+
+
+def test_checkpointing_learns_once() -> None:
     states = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
