@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def elements_of(what: Launch) -> tuple[int, int]:
     """Padded dimensions, and the (row, code) pairs of one iteration of the loop over codes; 0 without a product."""
     constants = what.named_constants
-    if what.kernel.__name__ == "screen_kernel":
+    if what.kernel.__name__ in ("screen_kernel", "stages_kernel"):
         return constants["WIDTH"], constants["ROWS"] * constants["COLUMNS"] * constants["STEPS"]
     if "D_PAD" in constants:  # flash-kmeans
         return constants["D_PAD"], constants["BLOCK_N"] * constants["BLOCK_K"]

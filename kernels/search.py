@@ -646,7 +646,7 @@ def tiles_for(device: Device, K: int, width: int) -> Tiles:
     tiles = Tiles(rows=128, columns=64, steps=2, warps=8, stages=2)
     if width > 256:
         return tiles
-    roomy = device.backend == "cuda" and (width >= 128 or device.arch in _ROWS_STAY)
+    roomy = device.backend == "cuda" and (width >= 128 or device.arch == "sm_90")
     for steps in (4, 2) if K > 8192 and roomy else (2,):
         for stages in (3, 2):
             longer = tiles._replace(steps=steps, stages=stages)

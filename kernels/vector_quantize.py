@@ -160,7 +160,7 @@ def gather(x: Tensor, codebook: Tensor, indices: Tensor, weight: float, mask: Te
         D=D,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        num_warps=4,
+        num_warps=8,
     )
     launch(
         loss_kernel,
