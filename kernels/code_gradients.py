@@ -113,7 +113,7 @@ def code_gradients(
             SIZE=level.size,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
-            num_warps=min(8, 2 * tile.warps),  # the codes take registers too
+            num_warps=tile.warps,
         )
 
     add_up(by_code, gradients, factor, add_differences)

@@ -251,12 +251,12 @@ class SumTile(NamedTuple):
 
 
 def sum_tile(D: int, bytes_each: int) -> SumTile:
-    """Columns by D alone; eight bytes a thread and row: with sixteen, ptxas saves registers by adding between loads.
+    """Columns by D alone; four bytes a thread and row: with more, ptxas adds between loads, or spills.
 
     Shared memory: at most 4 KiB, a row of 512 float64 numbers that changes its layout.
     """
     columns = min(triton.next_power_of_2(D), 512)
-    return SumTile(UNROLL, columns, max(1, min(8, columns * bytes_each // 256)))
+    return SumTile(UNROLL, columns, max(1, min(8, columns * bytes_each // 128)))
 
 
 def gathered(x: Tensor, per_head: bool) -> Rows:

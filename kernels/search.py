@@ -256,7 +256,7 @@ def code_bounds(bounds_ptr: tl.tensor, parts: tl.tensor, PARTS: tl.constexpr) ->
     return norm, residual
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "segments", "parts"])
 def screen_kernel(
     x_ptr: tl.tensor,
     inner: tl.tensor,
@@ -532,7 +532,7 @@ def rescore_kernel(
         tl.store(queue_ptr + head * N + position, rows, mask=unfound)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K", "Q"])
 def whole_kernel(
     x_ptr: tl.tensor,
     inner: tl.tensor,
