@@ -21,6 +21,7 @@ from fastvq.nn import (
     SimVQ,
     VectorQuantize,
 )
+from fastvq.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -49,4 +50,5 @@ __all__ = [
     "search",
     "use_backend",
     "vector_quantize",
+    "warmup",
 ]
