@@ -43,10 +43,10 @@ MUTANTS = {
     "the last tie": (
         "tied",
         {
-            "tl.min(tl.where(score == least[:, None], code, nobody), axis=1)": (
+            "tl.min(tl.where(score == least[:, None], code, NOBODY), axis=1)": (
                 "tl.max(tl.where(score == least[:, None], code, -1), axis=1)"
             ),
-            "(whose < winner)": "((whose > winner) | (winner == nobody))",
+            "(whose < winner)": "((whose > winner) | (winner == NOBODY))",
             "tl.min(tl.where(score == least[:, None], code[None, :], K), axis=1)": (
                 "tl.max(tl.where(score == least[:, None], code[None, :], -1), axis=1)"
             ),
