@@ -6,8 +6,6 @@ registers; a row that stays uncertain at any stage is queued, and `whole_kernel`
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +19,14 @@ from .rows import row_offsets, rows_of
 from .search import (
     LISTED,
     NOBODY,
+    Tiles,
     code_bounds,
     groups_within,
     load_rows,
+    score_whole,
     screen_segments,
     search,
     threshold,
-    whole_kernel,
     width_of,
 )
 
@@ -136,28 +135,18 @@ def stages_kernel(
         tl.store(queue_ptr + head * N + position, rows, mask=queued)
 
 
-class StageTiles(NamedTuple):
-    """How `stages_kernel` is cut; see `stage_tiles`."""
-
-    rows: int
-    columns: int
-    steps: int
-    warps: int
-    stages: int  # of the pipeline that loads codes
-
-
 _WIDEST = 128  # padded dimensions of a residual that registers hold
 
 
-def stage_tiles(device: Device) -> StageTiles:
+def stage_tiles(device: Device) -> Tiles:
     """Tiles for all stages of a block of rows.
 
     Shared memory: the rows as an operand and a pipeline of code tiles, at most
     2 * rows * width + stages * steps * columns * (2 * width + 4).
     """
     if device.backend == "interpreter":
-        return StageTiles(rows=16, columns=32, steps=2, warps=4, stages=1)
-    return StageTiles(rows=64, columns=64, steps=2, warps=8, stages=2)
+        return Tiles(rows=16, columns=32, steps=2, warps=4, stages=1)
+    return Tiles(rows=64, columns=64, steps=2, warps=8, stages=2)
 
 
 def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.0) -> Tensor:
@@ -202,19 +191,7 @@ def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    launch(
-        whole_kernel,
-        (min(4 * device.multiprocessors, triton.cdiv(N, 8)), heads),
-        *[*where, codebooks, queue, queued, indices, indices, N, K, stages],
-        D=D,
-        EUCLIDEAN=euclidean,
-        DOUBLE=False,
-        DISTANCES=False,
-        ROWS=8,
-        COLUMNS=128,
-        num_warps=4,
-        num_stages=1,
-    )
+    score_whole(device, rows, codebooks, euclidean, queue, queued, indices, None, stages)
     return indices
 
 

@@ -703,20 +703,36 @@ def search(
         num_warps=4,
         num_stages=1,
     )
+    score_whole(device, rows, codebook, euclidean, queue, queued, indices, distances if return_distance else None)
+    return indices, distances
+
+
+def score_whole(
+    device: Device,
+    rows: Rows,
+    codebooks: Tensor,
+    euclidean: bool,
+    queue: Tensor,
+    queued: Tensor,
+    indices: Tensor,
+    distances: Tensor | None,
+    stages: int = 1,
+) -> None:
+    """Take the queued rows through all stages by the contract; codebooks ([H,] [Q,] K, D), indices (H, N, Q)."""
     launch(
         whole_kernel,
-        (min(4 * device.multiprocessors, triton.cdiv(N, 8)), heads),
-        *[*where, codebook, queue, queued, indices, distances, N, K, 1],
-        D=D,
+        (min(4 * device.multiprocessors, triton.cdiv(rows.length, 8)), rows.heads),
+        *[rows.tensor, rows.inner, *rows.strides, codebooks, queue, queued],
+        *[indices, indices if distances is None else distances, rows.length, codebooks.shape[-2], stages],
+        D=rows.dim,
         EUCLIDEAN=euclidean,
-        DOUBLE=double,
-        DISTANCES=return_distance,
+        DOUBLE=torch.float64 in (rows.tensor.dtype, codebooks.dtype),
+        DISTANCES=distances is not None,
         ROWS=8,
         COLUMNS=128,
         num_warps=4,
         num_stages=1,
     )
-    return indices, distances
 
 
 def screen(
