@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+C_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/cuda/*.cu tests/cuda/shim/*)
 SOURCES := $(wildcard csrc/*/* setup.py pyproject.toml constraints.txt)
 
 .PHONY: demo test soak bench gpu-check lint format clean
@@ -41,12 +42,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+	$(BIN)/clang-format -i $(C_FILES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastvq/*.so

@@ -1,0 +1,39 @@
+"""How the CUDA sources are compiled for the CPU, against the shim."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHIM = Path(__file__).parent / "shim"
+
+_spec = importlib.util.spec_from_file_location("fastvq_setup", ROOT / "setup.py")
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
+# No contraction, as nvcc is told; misaligned vectors are caught in every build.
+FLAGS = [
+    *["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"],
+    *["-fsanitize=alignment", "-fno-sanitize-recover=all", f"-I{SHIM}"],
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fsanitize-sections=fastvq_shared"]
+
+
+def compile_shim(folder, output, sources, flags=(), link_flags=()):
+    """Compile .cu and .cpp sources and the shim's scheduler with the C++ compiler; link them."""
+    compiler = build.cpu_compiler()
+    file = build.NinjaFile(folder)
+    file.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
+    file.rule("link", f"{compiler} $in -o $out $flags")
+    objects = [
+        file.build(folder / f"{source.parent.name}_{source.stem}.o", "cxx", [source], [*FLAGS, *flags])
+        for source in [*sources, SHIM / "shim.cpp"]
+    ]
+    file.build(output, "link", objects, [*FLAGS, *flags, *link_flags, "-ldl"])
+    file.run()
+    return output
+
+
+def run(program, *arguments):
+    """A finished run of a program, its output captured."""
+    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, check=False)

@@ -1,0 +1,43 @@
+"""The shim that stands in for a GPU: it lets right kernels pass, whatever the order, and catches every seeded fault."""
+
+import pytest
+from shimmed import run
+
+# The fault: what is said of it, in a plain build and in one with sanitizers. "wrong result" is the program's own word.
+CAUGHT = {
+    "reverse": ("wrong result", "wrong result"),
+    "reverse_twice": ("wrong result", "wrong result"),
+    "reverse_warp": ("wrong result", "wrong result"),
+    "race_between_warps": ("wrong result", "wrong result"),
+    "order_of_blocks": ("wrong result", "wrong result"),
+    "not_cleared": ("wrong result", "wrong result"),
+    "shuffle_outside": ("lane 31 is outside the mask 7fffffff", "lane 31 is outside the mask 7fffffff"),
+    "shuffle_from_outside": ("which is read, is outside the mask", "which is read, is outside the mask"),
+    "shuffle_after_exit": ("thread 7 has ended", "thread 7 has ended"),
+    "divergent_barrier": ("divergent: thread 0 waits in __syncthreads", "divergent: thread 0 waits in __syncthreads"),
+    "two_barriers": ("divergent: thread 0 waits in __syncthreads", "divergent: thread 0 waits in __syncthreads"),
+    "uneven_loop": ("divergent: thread 64 waits in __syncthreads", "divergent: thread 64 waits in __syncthreads"),
+    "copy_in_flight": ("wrong result", "use-after-poison"),
+    "copy_left_behind": ("copies that nothing waits for", "copies that nothing waits for"),
+    "copy_misaligned": ("not aligned to 16 bytes", "not aligned to 16 bytes"),
+    "misaligned_vector": ("misaligned address", "misaligned address"),
+    "dynamic_past_its_size": ("shared memory past its size", "AddressSanitizer: SEGV"),
+    "static_past_its_size": (None, "out of bounds"),
+    "past_the_end": (None, "heap-buffer-overflow"),
+    "before_the_start": (None, "heap-buffer-overflow"),
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_seeded_fault_is_caught_and_the_kernel_without_it_passes(faults, name):
+    for variant, words in zip(("plain", "sanitized"), CAUGHT[name], strict=True):
+        for seed in range(5):
+            right = run(faults[variant], name, 0, seed)
+            assert right.returncode == 0, f"{variant}, seed {seed}: {right.stdout}{right.stderr}"
+        if words is None:
+            continue
+        caught = []
+        for seed in range(5):
+            wrong = run(faults[variant], name, 1, seed)
+            caught.append(wrong.returncode != 0 and words in wrong.stdout + wrong.stderr)
+        assert any(caught), f"{variant}: {wrong.stdout}{wrong.stderr}"
