@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from fastvq.functional import code_sums, ema_update_
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.distributed import all_reduce_, take_turns
 from fastvq.nn.kmeans import kmeans
-from fastvq.nn.recompute import recomputing
+from fastvq.nn.recompute import Recording, generator_state, recomputing, set_generator_state
 from fastvq.nn.sampling import rows_for_codes
 from fastvq.nn.straight_through import straight_through
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
+T = TypeVar("T")
 
 
 class Codebook(nn.Module):
@@ -104,7 +105,7 @@ class Codebook(nn.Module):
         self.vq_bridge = vq_bridge
         self._ready = not kmeans_init  # `initted` for Python, so that no forward waits for the device to ask
         self._waiting = False  # whether statistics wait in the `grad` of the averages, which compiled code cannot ask
-        self._forward_codes: Tensor | None = None
+        self._recording = Recording()
 
     @property
     def metric(self) -> str:
@@ -120,13 +121,25 @@ class Codebook(nn.Module):
 
     def codes(self, *, changing: bool) -> Tensor:
         """The codes of this forward, (H, K, D); apart from `embed` when the step will write that before backward."""
-        kept = self._forward_codes
-        if recomputing() and kept is not None:
+        noted = self.training and (changing or not self.learnable_codebook)
+        if noted and recomputing():
+            kept: Tensor = self._recording.again()
             return straight_through(self.as_used(self.embed), kept) if self.learnable_codebook else kept
         codes = self.as_used(self.embed.clone() if changing else self.embed)
-        if not torch.compiler.is_compiling() and (changing or not self.learnable_codebook):
-            self._forward_codes = codes.detach()
+        if noted:
+            self._recording.note(codes.detach if changing else codes.detach().clone)
         return codes
+
+    def once(self, learn: Callable[[], T], device: torch.device) -> T | None:
+        """What `learn` returns. In a recomputation it does not run: torch's generators are left as it left them."""
+        if not recomputing():
+            found = learn()
+            if self.training:
+                self._recording.note(lambda: generator_state(device))
+            return found
+        if self.training:
+            set_generator_state(self._recording.again(), device)
+        return None
 
     def as_used(self, embed: Tensor) -> Tensor:
         """Codes (H, K, D) as they are searched and returned."""

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastvq.nn import checks
 from fastvq.nn.channels import at_least_float32, channels_back, channels_last, project, projections
 from fastvq.nn.mixed_radix import MixedRadix
+from fastvq.nn.recompute import apart, recomputing
 from fastvq.nn.straight_through import straight_through
 
 
@@ -187,12 +188,13 @@ class LatentQuantize(MixedRadix):
         indices = self._digits_to_indices(level_indices)
         return indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
 
-    @torch.enable_grad()
     def _step_in_place(self, z: Tensor) -> None:
-        loss = functional.mse_loss(self._values_at(self._nearest(z)), at_least_float32(z.detach()))
         values = list(self.values_per_latent)
-        for value, grad in zip(values, torch.autograd.grad(loss, values), strict=True):
-            value.grad = grad
+        with torch.enable_grad(), apart():
+            loss = functional.mse_loss(self._values_at(self._nearest(z)), at_least_float32(z.detach()))
+            gradients = torch.autograd.grad(loss, values)
+        for value, gradient in zip(values, gradients, strict=True):
+            value.grad = gradient
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()
 
@@ -214,7 +216,7 @@ class LatentQuantize(MixedRadix):
         """
         parts = self.project_in(channels_last("z", z, self.dim, True))
         parts = parts.unflatten(-1, (self.num_codebooks, self.codebook_dim))
-        if self.in_place_codebook_optimizer is not None and self.training:
+        if self.in_place_codebook_optimizer is not None and self.training and not recomputing():
             self._step_in_place(parts)
         level_indices = self._nearest(parts)
         values = self._values_at(level_indices).to(parts.dtype)

@@ -19,7 +19,6 @@ from fastvq.nn.codebook import Codebook
 from fastvq.nn.directional import directional_reparam
 from fastvq.nn.implicit_codebook import ImplicitCodebook
 from fastvq.nn.layout import Layout
-from fastvq.nn.recompute import recomputing
 from fastvq.nn.residual import GroupedStages, ResidualStages
 from fastvq.nn.rotation import rotate_residual_gradient
 from fastvq.nn.stage_dropout import host_seed
@@ -392,17 +391,20 @@ class ResidualVQ(ResidualStages):
             quantized = straight_through(found.sum(0).to(quantized.dtype), quantized)
         if not self.training:
             return quantized, indices, torch.zeros_like(losses.detach())
-        if learns and not recomputing():
-            residual = rows.detach()
-            for book, stage_codes, index in zip(books, codes.detach(), indices.unbind(-1), strict=True):
-                book.update(residual.unsqueeze(0), index.unsqueeze(0), None)
-                residual = residual - stage_codes[index]
-            if self.shared_codebook:
-                self._finish_shared([], None)
+        if learns:
+            first._codebook.once(lambda: self._learn(rows.detach(), codes.detach(), indices, books), rows.device)
         losses = losses * first.commitment_weight if first.has_commitment_loss else torch.zeros_like(losses)
         if torch.is_grad_enabled() and not losses.requires_grad and not torch.compiler.is_compiling():
             losses.requires_grad_()  # as `VectorQuantize` does, so that backward works on fixed features too
         return quantized, *self._padded(indices, losses)
+
+    def _learn(self, residual: Tensor, codes: Tensor, indices: Tensor, books: list[Codebook]) -> None:
+        """Every stage's codebook learns from what it has quantised: tokens (B, N, D) to indices (B, N, q)."""
+        for book, stage_codes, index in zip(books, codes, indices.unbind(-1), strict=True):
+            book.update(residual.unsqueeze(0), index.unsqueeze(0), None)
+            residual = residual - stage_codes[index]
+        if self.shared_codebook:
+            self._finish_shared([], None)
 
     # ---- the stages in turn -------------------------------------------------------------------------------------
 
@@ -452,8 +454,8 @@ class ResidualVQ(ResidualStages):
         return total, torch.stack(all_indices, -1), torch.stack(losses)
 
     def _finish(self, inputs: list[Tensor], call: _Call) -> None:
-        if self.shared_codebook and self.training and not call.frozen and not recomputing():
-            self._finish_shared(inputs, call.mask)
+        if self.shared_codebook and self.training and not call.frozen:
+            self._first._codebook.once(lambda: self._finish_shared(inputs, call.mask), inputs[0].device)
 
     def _finish_shared(self, inputs: list[Tensor], mask: Tensor | None) -> None:
         """The one codebook learns what the stages have gathered; dead codes become some of their inputs (B, N, D)."""
@@ -490,9 +492,14 @@ class ResidualVQ(ResidualStages):
         kept = torch.ones(rows.shape[:2], device=rows.device) if call.mask is None else call.mask
         losses = torch.where(kept.unsqueeze(-1) > 0, losses, 0.0).sum((0, 1)) / kept.sum().clamp(min=1)
         stage_inputs = list(inputs.unbind(2))[: 1 if self.strict_compat else None]  # there only the first stage learns
-        if self.training and not call.frozen and not recomputing():
-            for layer, taken, index in zip(self.layers, stage_inputs, indices.unbind(-1), strict=False):
-                layer.update_indices(taken, index, mask=call.mask)
+        if self.training and not call.frozen:
+            pairs = zip(self.layers, stage_inputs, indices.unbind(-1), strict=False)
+
+            def learn() -> None:
+                for layer, taken, index in pairs:
+                    layer.update_indices(taken, index, mask=call.mask)
+
+            self._first._codebook.once(learn, rows.device)
         self._finish(stage_inputs, call)
         return total, *self._padded(indices, losses)
 

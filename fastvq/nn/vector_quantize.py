@@ -18,7 +18,7 @@ from fastvq.nn.directional import directional_reparam
 from fastvq.nn.distributed import all_reduce_, world_size
 from fastvq.nn.layout import Layout
 from fastvq.nn.losses import LossBreakdown
-from fastvq.nn.recompute import recomputing
+from fastvq.nn.recompute import apart
 from fastvq.nn.rotation import rotate_gradient
 from fastvq.nn.rules import check_rules
 from fastvq.nn.transformed import TransformFn
@@ -487,21 +487,25 @@ class VectorQuantize(nn.Module):
             filled = torch.where(token_mask.unsqueeze(-1), tokens, 0.0)  # padding may hold anything, NaN too
         split = layout.rows(self.project_in(filled))
         rows, row_mask = self._on_manifold(split), self._row_mask(token_mask)
-        learns = self.training and not call.frozen and not recomputing()
+        learns = self.training and not call.frozen
         steps = learns and self.in_place_codebook_optimizer is not None
-        if not recomputing():
+
+        def start() -> None:
             book.init_from(rows, row_mask)
             book.observe(rows, row_mask)
+
+        book.once(start, x.device)
         parts = dict.fromkeys(LossBreakdown._fields, torch.zeros((), device=x.device))
         if steps:
-            parts["inplace_optimize"] = self._step_in_place(rows, row_mask, call)
+            stepped = book.once(lambda: self._step_in_place(rows, row_mask, call), x.device)
+            parts["inplace_optimize"] = parts["inplace_optimize"] if stepped is None else stepped
 
         writes = book.writes(call.ema_update) or self.in_place_codebook_optimizer is not None
         codes = book.codes(changing=self.training and not call.frozen and writes)
         codes = codes.detach() if call.frozen else codes
         chosen = choose(book, layout, rows, row_mask, codes, call)
         if learns and not steps and call.topk is None:
-            self._learn(rows, row_mask, chosen, call)
+            book.once(lambda: self._learn(rows, row_mask, chosen, call), x.device)
         quantized = self._with_gradient(rows, codes, chosen, call, x.requires_grad)
 
         output = self.project_out(layout.joined(quantized))
@@ -580,10 +584,8 @@ class VectorQuantize(nn.Module):
     def _step_in_place(self, rows: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """A step of the in-place optimizer on mean((sg[x] - q)^2), which is returned."""
         rows = rows.detach()
-        # Its graph ends here: what it saves is not for activation checkpointing to count and make again.
-        alone = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-        with torch.enable_grad(), alone:
-            codes = self._codebook.codes(changing=True)
+        with torch.enable_grad(), apart():
+            codes = self._codebook.as_used(self._codebook.embed.clone())
             chosen = choose(self._codebook, self.layout, rows, mask, codes, call)
             loss = losses.masked_mean(losses.commitment(rows, chosen.values), mask)
             self._learn(rows, mask, chosen, call)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-from functools import partial
 
 import pytest
 import torch
 from common import CODES, DIM, assert_same, pair, step
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fastvq
 
@@ -130,41 +128,6 @@ def test_the_gradient_is_of_the_codes_that_were_used(options: dict[str, object])
         normal = nn.functional.normalize(other, dim=-1) if layer.use_cosine_sim else other
         (normal - quantized.detach()).square().mean().backward()
         torch.testing.assert_close(rows.grad, other.grad, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"kmeans_init": True, "threshold_ema_dead_code": 3},
-        {"stochastic_sample_codes": True, "straight_through": True, "rotation_trick": False},
-        {"commitment_use_cross_entropy_loss": True, "affine_param": True},
-        {"learnable_codebook": True, "ema_update": False, "threshold_ema_dead_code": 3},
-        {
-            "learnable_codebook": True,
-            "ema_update": False,
-            "in_place_codebook_optimizer": partial(torch.optim.SGD, lr=1),
-        },
-    ],
-    ids=",".join,
-)
-def test_activation_checkpointing_learns_once(reentrant: bool, options: dict[str, object]) -> None:
-    """The peer moves its averages in the recomputation too, and takes the gradient from other codes."""
-    plain, checkpointed = (pair(decay=0.5, **options)[0] for _ in range(2))
-    for seed in range(3):
-        found = []
-        for layer in (plain, checkpointed):
-            torch.manual_seed(seed)
-            x = torch.randn(40, DIM, requires_grad=True)
-            if layer is plain:
-                quantized, _, loss = layer(x)
-            else:
-                quantized, _, loss = checkpoint(layer, x, use_reentrant=reentrant)
-            (quantized.sin().sum() + loss).backward()
-            found.append({"x": x.grad, "loss": loss.detach()} | layer.state_dict())
-            found[-1] |= {f"grad {name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        assert_same(found[1], found[0], rtol=0, atol=0)
 
 
 def test_nothing_is_learnt_in_eval_mode_or_of_a_frozen_codebook() -> None:
