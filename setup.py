@@ -2,13 +2,14 @@
 
 Environment: CXX names the compiler; FASTVQ_CPU=0 or FASTVQ_CUDA=0 leaves an extension out, FASTVQ_CPU=1 or
 FASTVQ_CUDA=1 makes its failure fatal. Unset, an extension that cannot be built is left out with a warning: the
-package works without.
+package works without. FASTVQ_CUDA_ARCHITECTURES (90a, or 80;90a) narrows what the CUDA kernels are compiled for.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,12 @@ CPU_FLAGS = [
     *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"],
     *["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"],  # gcc 12 mistakes its own intrinsics
 ]
-CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+CUDA_ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
+# As for the CPU: what may be contracted is written as a fused multiply-add.
+CUDA_FLAGS = [
+    *["-std=c++17", "-O3", "-fmad=false", "--threads", "2", "-cudart", "static"],
+    *["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"],
+]
 
 
 def cpu_compiler() -> str:
@@ -125,19 +131,28 @@ def build_cpu(folder: Path, library: Path) -> None:
     link_cpu(folder, library, sources, python_includes(), ["-shared", *system])
 
 
+def cuda_targets() -> list[str]:
+    """Which machine code nvcc makes, and PTX of the last architecture for devices to come, if it is no "a" target."""
+    names = [a for a in os.environ.get("FASTVQ_CUDA_ARCHITECTURES", "").replace(",", ";").split(";") if a.strip()]
+    names = [a.strip() for a in names] or CUDA_ARCHITECTURES
+    for name in names:
+        if not re.fullmatch(r"[1-9][0-9]{1,2}[af]?", name):
+            raise ValueError(f"FASTVQ_CUDA_ARCHITECTURES must name architectures such as 80 or 90a; got {name!r}")
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
+    if names[-1].isdigit():
+        targets.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
+    return targets
+
+
 def build_cuda(folder: Path, library: Path) -> None:
     """Compile csrc/cuda with nvcc and the static runtime; the result imports without a driver."""
-    nvcc, compiler = cuda_compiler(), cpu_compiler()
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-    newest = CUDA_ARCHITECTURES[-1]
-    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    host = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+    nvcc, compiler, targets = cuda_compiler(), cpu_compiler(), cuda_targets()
     file = NinjaFile(folder)
     file.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
     file.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
     file.rule("link", f"{nvcc} -shared -cudart static $in -o $out $flags")
     objects = [
-        file.build(folder / f"{source.stem}.o", "nvcc", [source], [*host, *targets])
+        file.build(folder / f"{source.stem}.o", "nvcc", [source], [*CUDA_FLAGS, *targets])
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     ]
     # pybind11 stays out of nvcc's sight: it is slow to compile there.

@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.backends.reference import working_dtype
+from fastvq.backends.rows import gathered
 
 from .launch import launch
 from .pointwise import as_float64, bits, mask_bytes, narrow
-from .rows import Rows, row_offsets, rows_of
+from .rows import row_offsets
 
 CHUNK = 256
 UNROLL = 16  # rows on their way at a time: a sum in row order lives by the loads in flight
@@ -257,15 +258,6 @@ def sum_tile(D: int, bytes_each: int) -> SumTile:
     """
     columns = min(triton.next_power_of_2(D), 512)
     return SumTile(UNROLL, columns, max(1, min(8, columns * bytes_each // 128)))
-
-
-def gathered(x: Tensor, per_head: bool) -> Rows:
-    """The rows of x, to be fetched one by one in any order: a copy if the elements of a row do not lie together.
-
-    In place, each element of such a row would fetch a 32-byte sector of its own: eight times the traffic in float32,
-    sixteen in bfloat16, where the copy costs two passes.
-    """
-    return rows_of(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous(), per_head)
 
 
 def rows_by_code(indices: Tensor, mask: Tensor | None, K: int, *, checked: bool) -> RowsByCode:

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.backends.reference import working_dtype
+from fastvq.backends.rows import gathered
 
 from .code_gradients import code_gradients
-from .code_sums import gathered, rows_by_code
+from .code_sums import rows_by_code
 from .launch import launch
 from .pointwise import bits, elements, loss_scale, narrow, tile_for
 from .residual_search import residual_search

@@ -1,49 +1,15 @@
-"""Where the rows of a tensor lie: any leading shape, walked in place with a few strides."""
+"""Where the rows of a tensor lie, in a kernel; fastvq.backends.rows has the host's part."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from fastvq.backends.rows import Rows, rows_of
 
-class Rows(NamedTuple):
-    """A tensor (H, ..., D) as heads of rows; row n of a head starts at (n // inner) * outer + (n % inner) * step."""
-
-    tensor: Tensor
-    heads: int
-    length: int  # rows a head
-    dim: int
-    inner: int  # 1 where one stride will do, which a kernel is compiled for: no division is left
-    strides: tuple[int, int, int, int]  # of head, n // inner, n % inner, and the element
-
-
-def _merge(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The (size, stride) pairs left when neighbours that lie one after the other are made one."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged
-
-
-def rows_of(x: Tensor, per_head: bool) -> Rows:
-    """x (..., D), or (H, ..., D) with `per_head`, where it lies; a copy where its leading shape needs three strides."""
-    x = x.resolve_neg()
-    lead = 1 if per_head else 0
-    walk = _merge(tuple(x.shape[lead:-1]), x.stride()[lead:-1])
-    if len(walk) > 2:
-        x = x.contiguous()
-        walk = _merge(tuple(x.shape[lead:-1]), x.stride()[lead:-1])
-    (_, outer), (inner, step) = [*walk, *[(1, 0)] * (2 - len(walk))]
-    strides = (x.stride(0) if per_head else 0, outer, step, x.stride(-1))
-    return Rows(x, x.shape[0] if per_head else 1, x.shape[lead:-1].numel(), x.shape[-1], max(inner, 1), strides)
+__all__ = ["Rows", "row_offsets", "rows_of"]
 
 
 @triton.jit

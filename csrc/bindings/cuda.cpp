@@ -1,22 +1,202 @@
-// Python's view of the CUDA kernels: nothing but argument passing.
+// Python's view of the CUDA operators: nothing but argument passing.
+//
+// Rows come as (address, type, count, inner, head, outer, step, dim), a matrix as (address, type, head, row, column),
+// type being the number of fastvq::Float; a pointer alone as its address, 0 for none. A stream is its address too.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "../cuda/probe.h"
+#include "../cuda/operators.h"
 
-PYBIND11_MODULE(_cuda, m) {
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Index = std::int64_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+fastvq::Rows rows(const py::tuple& t) {
+  return {pointer<void>(t[0].cast<Address>()),
+          static_cast<fastvq::Float>(t[1].cast<int>()),
+          t[2].cast<Index>(),
+          t[3].cast<Index>(),
+          t[4].cast<Index>(),
+          t[5].cast<Index>(),
+          t[6].cast<Index>(),
+          t[7].cast<Index>()};
+}
+
+fastvq::Matrix matrix(const py::tuple& t) {
+  return {pointer<void>(t[0].cast<Address>()), static_cast<fastvq::Float>(t[1].cast<int>()), t[2].cast<Index>(),
+          t[3].cast<Index>(), t[4].cast<Index>()};
+}
+
+// (codes, order, starts, key_bytes, stride_codes, stride_order, stride_starts, N, K).
+fastvq::ByCode by_code(const py::tuple& t) {
+  return {pointer<void>(t[0].cast<Address>()),
+          pointer<Index>(t[1].cast<Address>()),
+          pointer<Index>(t[2].cast<Address>()),
+          t[3].cast<int>(),
+          t[4].cast<Index>(),
+          t[5].cast<Index>(),
+          t[6].cast<Index>(),
+          t[7].cast<Index>(),
+          t[8].cast<Index>()};
+}
+
+fastvq::Float type(int number) {
+  return static_cast<fastvq::Float>(number);
+}
+
+// Queues an operator's kernels without the interpreter's lock; what goes wrong is told with the operator's name.
+template <class F>
+void run(const char* name, const F& f) {
+  const py::gil_scoped_release release;
+  try {
+    f();
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("fastvq CUDA operator ") + name + ": " + error.what());
+  }
+}
+
+}  // namespace
+
+// A build for the CPU, against the tests' shim, has another name.
+#ifndef FASTVQ_CUDA_MODULE
+#define FASTVQ_CUDA_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
   m.doc() = "fastvq's CUDA kernels";
-  m.def("add_one", [](std::uintptr_t values, long long count, std::uintptr_t stream) {
-    if (const char* error = fastvq::add_one(values, count, stream)) {
-      throw std::runtime_error(std::string("fastvq CUDA kernel add_one: ") + error);
-    }
-  });
+
   m.def("device_count", [] {
     const char* error = nullptr;
     const int count = fastvq::device_count(&error);
-    return pybind11::make_tuple(count, error ? pybind11::object(pybind11::str(error)) : pybind11::none());
+    return py::make_tuple(count, error ? py::object(py::str(error)) : py::none());
   });
+  m.def("loss_parts", &fastvq::loss_parts);
+  m.def("ema_parts", &fastvq::ema_parts);
+
+  m.def("search_whole", [](const py::tuple& x, const py::tuple& codes, Index heads, int D, bool euclidean,
+                           Address indices, Address distances, int out_type, Address stream) {
+    const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+    run("search", [&] {
+      fastvq::search_whole(x_rows, code_rows, heads, D, euclidean, pointer<Index>(indices), pointer<void>(distances),
+                           type(out_type), stream);
+    });
+  });
+
+  m.def("gather",
+        [](const py::tuple& x, const py::tuple& codes, Address indices, Address mask, Address kept, double weight,
+           Index heads, int D, Address quantized, Address parts, Address loss, int loss_type, Address stream) {
+          const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+          run("vector_quantize", [&] {
+            fastvq::gather(x_rows, code_rows, pointer<Index>(indices), pointer<std::uint8_t>(mask),
+                           pointer<Index>(kept), weight, heads, D, pointer<void>(quantized), pointer<double>(parts),
+                           pointer<void>(loss), type(loss_type), stream);
+          });
+        });
+
+  m.def("pull", [](const py::tuple& gradient, const py::tuple& x, const py::tuple& codes, Address indices, Address mask,
+                   Address kept, Address grad_loss, int loss_type, double weight, Index heads, int D, Address grad_x,
+                   Address stream) {
+    const fastvq::Rows gradient_rows = rows(gradient), x_rows = rows(x), code_rows = rows(codes);
+    run("vector_quantize_backward", [&] {
+      fastvq::pull(gradient_rows, x_rows, code_rows, pointer<Index>(indices), pointer<std::uint8_t>(mask),
+                   pointer<Index>(kept), pointer<void>(grad_loss), type(loss_type), weight, heads, D,
+                   pointer<void>(grad_x), stream);
+    });
+  });
+
+  m.def("sort_keys", [](Address indices, Address mask, Index heads, Index N, Index Q, Index K, int key_bytes,
+                        bool checked, Address keys, Address stream) {
+    run("code_sums", [&] {
+      fastvq::sort_keys(pointer<Index>(indices), pointer<std::uint8_t>(mask), heads, N, Q, K, key_bytes, checked,
+                        pointer<void>(keys), stream);
+    });
+  });
+
+  m.def("code_starts", [](const py::tuple& sorted, Index problems, Address starts, Address stream) {
+    const fastvq::ByCode order = by_code(sorted);
+    run("code_sums", [&] { fastvq::code_starts(order, problems, pointer<Index>(starts), stream); });
+  });
+
+  m.def("sum_rows", [](const py::tuple& x, const py::tuple& sorted, Index heads, int D, Index size, Address counts,
+                       Address sums, int out_type, Address chunks, Address stream) {
+    const fastvq::Rows x_rows = rows(x);
+    const fastvq::ByCode order = by_code(sorted);
+    run("code_sums", [&] {
+      fastvq::sum_rows(x_rows, order, heads, D, size, pointer<void>(counts), pointer<void>(sums), type(out_type),
+                       pointer<double>(chunks), stream);
+    });
+  });
+
+  m.def("sum_differences",
+        [](const py::tuple& x, const py::tuple& codes, const py::tuple& sorted, Address kept, Address grad_loss,
+           int loss_type, Index heads, int D, Index size, double factor, Address sums, Index stride_sums, int out_type,
+           Address chunks, Address rest, Address stream) {
+          const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+          const fastvq::ByCode order = by_code(sorted);
+          run("codebook gradient", [&] {
+            fastvq::sum_differences(x_rows, code_rows, order, pointer<Index>(kept), pointer<void>(grad_loss),
+                                    type(loss_type), heads, D, size, factor, pointer<void>(sums), stride_sums,
+                                    type(out_type), pointer<double>(chunks), pointer<void>(rest), stream);
+          });
+        });
+
+  m.def("sum_chunks", [](const py::tuple& sorted, Address parts, Index heads, int D, Index part, Index size,
+                         double factor, Address sums, Index stride_sums, int out_type, Address chunks, Address stream) {
+    const fastvq::ByCode order = by_code(sorted);
+    run("code_sums", [&] {
+      fastvq::sum_chunks(order, pointer<double>(parts), heads, D, part, size, factor, pointer<void>(sums), stride_sums,
+                         type(out_type), pointer<double>(chunks), stream);
+    });
+  });
+
+  m.def("ema_update", [](const py::tuple& codebook, const py::tuple& cluster_size, const py::tuple& embed_avg,
+                         const py::tuple& counts, const py::tuple& sums, double decay, double eps, Index heads, Index K,
+                         int D, Address parts, Address stream) {
+    const fastvq::Matrix codes = matrix(codebook), sizes = matrix(cluster_size), averages = matrix(embed_avg);
+    const fastvq::Matrix fresh_counts = matrix(counts), fresh_sums = matrix(sums);
+    run("ema_update_", [&] {
+      fastvq::ema_update(codes, sizes, averages, fresh_counts, fresh_sums, decay, eps, heads, K, D,
+                         pointer<double>(parts), stream);
+    });
+  });
+
+  m.def("take_codes", [](const py::tuple& x, const py::tuple& codes, Address indices, Index heads, Index Q, Index q,
+                         int D, Address residual, Address stream) {
+    const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+    run("residual_quantize", [&] {
+      fastvq::take_codes(x_rows, code_rows, pointer<Index>(indices), heads, Q, q, D, pointer<void>(residual), stream);
+    });
+  });
+
+  m.def("gather_stages", [](const py::tuple& x, const py::tuple& codes, Address indices, Index heads, Index Q, int D,
+                            Address quantized, Address parts, Address losses, int loss_type, Address stream) {
+    const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+    run("residual_quantize", [&] {
+      fastvq::gather_stages(x_rows, code_rows, pointer<Index>(indices), heads, Q, D, pointer<void>(quantized),
+                            pointer<double>(parts), pointer<void>(losses), type(loss_type), stream);
+    });
+  });
+
+  m.def("pull_stages",
+        [](const py::tuple& gradient, const py::tuple& x, const py::tuple& codes, Address indices, Address grad_losses,
+           int loss_type, Index heads, Index Q, int D, Address grad_x, Address stream) {
+          const fastvq::Rows gradient_rows = rows(gradient), x_rows = rows(x), code_rows = rows(codes);
+          run("residual_quantize_backward", [&] {
+            fastvq::pull_stages(gradient_rows, x_rows, code_rows, pointer<Index>(indices), pointer<void>(grad_losses),
+                                type(loss_type), heads, Q, D, pointer<void>(grad_x), stream);
+          });
+        });
 }

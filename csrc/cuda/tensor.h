@@ -12,8 +12,8 @@ namespace fastvq {
 
 enum class Float : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
-// A tensor (H, N, D) where it lies: row n of head h starts at h head + (n / inner) outer + (n % inner) step, in elements.
-// A codebook (H, K, D) is one too.
+// A tensor (H, N, D) where it lies: row n of head h starts at h head + (n / inner) outer + (n % inner) step, in
+// elements. A codebook (H, K, D) is one too.
 struct Rows {
   const void* data;
   Float type;

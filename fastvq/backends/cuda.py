@@ -1,17 +1,387 @@
-"""CUDA C++ kernels: the extension has its place, its kernels are not there yet; asking for them says so."""
+"""The CUDA C++ kernels: outputs and scratch come from torch's allocator here, everything else happens in csrc/cuda."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.backends.reference import working_dtype
+from fastvq.backends.rows import Rows, gathered, rows_of
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_KEYS = ((torch.uint8, 1 << 8), (torch.int16, 1 << 15), (torch.int32, 1 << 31))  # a radix sort takes a pass a byte
+CHUNK = 256  # rows of a code that are added one after the other; then the sums of as many chunks
+
+_kernels: Any
+try:
+    _kernels = importlib.import_module("fastvq._cuda")
+except ImportError:
+    _kernels = None
 
 
 def missing() -> str | None:
     """Why this backend cannot serve, or None."""
-    try:
-        extension = importlib.import_module("fastvq._cuda")
-    except ImportError:
-        return "fastvq was built without CUDA (no nvcc then); fastvq has no CUDA kernels yet either"
-    devices, error = extension.device_count()
-    if devices == 0:
-        return f"no CUDA device ({error or 'the driver shows none'}); fastvq has no CUDA kernels yet either"
-    return "fastvq has no CUDA kernels yet"
+    if _kernels is None:
+        return "fastvq was built without its CUDA extension (no nvcc then, or FASTVQ_CUDA=0)"
+    devices, error = _kernels.device_count()
+    return None if devices else f"no CUDA device ({error or 'the driver shows none'})"
+
+
+def extension() -> Any:
+    """The compiled module."""
+    return _kernels
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _stream(t: Tensor) -> int:
+    """The current stream of a tensor's device; the tests' build for the CPU has none."""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
+def _call(function: Callable[..., None], t: Tensor, *arguments: Any) -> None:
+    """Call a kernel's host function on the device and stream of `t`."""
+    if not t.is_cuda:
+        function(*arguments, 0)
+        return
+    with torch.cuda.device_of(t):
+        function(*arguments, _stream(t))
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _type(t: Tensor) -> int:
+    return _TYPES[t.dtype]
+
+
+def _pass(rows: Rows) -> tuple[int, ...]:
+    return rows.tensor.data_ptr(), _type(rows.tensor), rows.length, rows.inner, *rows.strides
+
+
+def _matrix(t: Tensor) -> tuple[int, ...]:
+    """A tensor (H, K, D), or (H, K) as if D were 1."""
+    return t.data_ptr(), _type(t), *t.stride(), *[0] * (3 - t.dim())
+
+
+def _codes(codebook: Tensor, x: Tensor) -> Tensor:
+    """A codebook (H, K, D) as kernels take it beside x: in its dtype, or widened without loss to float32 or float64."""
+    codes = codebook.resolve_neg() if codebook.dim() == 3 else codebook.resolve_neg().unsqueeze(0)
+    return codes if codes.dtype == x.dtype else codes.to(working_dtype(x, codebook))
+
+
+def _code_rows(codes: Tensor) -> Rows:
+    heads, K, D = codes.shape
+    stride_h, stride_k, stride_d = codes.stride()
+    return Rows(codes, heads, K, D, 1, (stride_h, stride_k, 0, stride_d))
+
+
+def _mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A mask as kernels read it, dense bytes, and how many rows it keeps, on its device."""
+    return (None, None) if mask is None else (mask.contiguous(), mask.sum())
+
+
+def _empty(shape: Any, dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+# ---- search -------------------------------------------------------------------------------------------------------
+
+
+def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
+    """Indices (...), and squared distances or scores (...) when asked for, else an empty tensor."""
+    rows, codes = rows_of(x, codebook.dim() == 3), _codes(codebook, x)
+    indices = _empty(x.shape[:-1], torch.int64, x)
+    distances = _empty(x.shape[:-1] if return_distance else (0,), working_dtype(x, codebook), x)
+    _call(
+        _kernels.search_whole,
+        x,
+        *[_pass(rows), _pass(_code_rows(codes)), rows.heads, rows.dim, metric == "euclidean", _address(indices)],
+        *[_address(distances) if return_distance else 0, _type(distances)],
+    )
+    return indices, distances
+
+
+# ---- vector_quantize ----------------------------------------------------------------------------------------------
+
+
+def gather(x: Tensor, codebook: Tensor, indices: Tensor, weight: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The codes at the indices in the dtype of x, and weight * mean((x - code)^2) over the rows that the mask keeps."""
+    rows, codes = rows_of(x, codebook.dim() == 3), _codes(codebook, x)
+    dense, kept = _mask(mask)
+    quantized = _empty(x.shape, x.dtype, x)
+    loss = _empty((), working_dtype(x, codebook), x)
+    parts = _empty((rows.heads, _kernels.loss_parts(rows.length, rows.dim)), torch.float64, x)
+    _call(
+        _kernels.gather,
+        x,
+        *[_pass(rows), _pass(_code_rows(codes)), _address(indices), _address(dense), _address(kept), weight],
+        *[rows.heads, rows.dim, _address(quantized), _address(parts), _address(loss), _type(loss)],
+    )
+    return quantized, loss
+
+
+def vector_quantize(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
+    indices, _ = search(x, codebook, metric, False, "exact")
+    quantized, loss = gather(x, codebook, indices, commitment_weight + codebook_weight, mask)
+    return quantized, indices, loss
+
+
+def vector_quantize_backward(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    codebook_weight: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
+    per_head = codebook.dim() == 3
+    codes, grad_loss, indices = _codes(codebook, x), grad_loss.resolve_neg(), indices.contiguous()
+    dense, kept = _mask(mask)
+    grad_x = _empty(x.shape if need_x else (0,), x.dtype, x)
+    grad_codebook = _empty(codebook.shape if need_codebook else (0,), codebook.dtype, x)
+    if need_x:
+        rows, gradients = rows_of(x, per_head), rows_of(grad_quantized, per_head)
+        _call(
+            _kernels.pull,
+            x,
+            *[_pass(gradients), _pass(rows), _pass(_code_rows(codes)), _address(indices), _address(dense)],
+            *[_address(kept), _address(grad_loss), _type(grad_loss), commitment_weight, rows.heads, rows.dim],
+            _address(grad_x),
+        )
+    if need_codebook:
+        rows = gathered(x, per_head)
+        flat_mask = None if dense is None else dense.view(rows.heads, rows.length)
+        by_code = _rows_by_code(indices.view(rows.heads, rows.length, 1), flat_mask, codes.shape[1], checked=False)
+        target = grad_codebook.view(codes.shape)
+        _code_gradients(rows, by_code, codes, grad_loss, kept, -codebook_weight, target)
+    return grad_x, grad_codebook
+
+
+# ---- sums by code -------------------------------------------------------------------------------------------------
+
+
+class _ByCode(NamedTuple):
+    """The rows of each of P problems (a head, or a head and stage), sorted by code in row order."""
+
+    codes: Tensor  # (P, N), ascending; K for rows left out
+    order: Tensor  # (P, N) int64, the row at each place
+    starts: Tensor  # (P, K + 1) int64, the first place of each code
+
+    def stage(self, q: int, stages: int) -> _ByCode:
+        """The problems of one of several stages, where problem = head * stages + stage."""
+        return _ByCode(*(t[q::stages] for t in self))
+
+    def arguments(self) -> tuple[int, ...]:
+        """As the bindings take it."""
+        addresses, strides = [t.data_ptr() for t in self], [t.stride(0) for t in self]
+        return *addresses, self.codes.element_size(), *strides, self.codes.shape[1], self.starts.shape[1] - 1
+
+
+def _rows_by_code(indices: Tensor, mask: Tensor | None, K: int, *, checked: bool) -> _ByCode:
+    """Sort rows by code, indices (H, N, Q) and mask (H, N), dense: negative indices and masked rows are left out.
+
+    An index past the codebook is left out too, unless `checked`: then it ends the kernel, as an index out of range does
+    in torch, since raising an exception here would take waiting for the device.
+    """
+    heads, N, Q = indices.shape
+    dtype = next(dtype for dtype, limit in _KEYS if limit > K)
+    keys = _empty((heads * Q, N), dtype, indices)
+    _call(
+        _kernels.sort_keys,
+        indices,
+        *[_address(indices), _address(mask), heads, N, Q, K, keys.element_size(), checked, _address(keys)],
+    )
+    codes, order = keys.sort(dim=1, stable=True)  # CUB's radix sort, on a device
+    by_code = _ByCode(codes, order, _empty((heads * Q, K + 1), torch.int64, indices))
+    _call(_kernels.code_starts, indices, by_code.arguments(), heads * Q, _address(by_code.starts))
+    return by_code
+
+
+def _add_up(by_code: _ByCode, sums: Tensor, factor: float, add_rows: Callable[[int, Tensor], None]) -> None:
+    """Sums (H, K, D) = factor * the sum of each code: `add_rows` adds chunks of rows, this the chunks."""
+    heads, N = by_code.codes.shape
+    D = sums.shape[-1]
+
+    def room(size: int) -> Tensor:
+        return _empty((heads, 2 * -(-N // size), D), torch.float64, sums)
+
+    size, chunks = CHUNK, room(CHUNK)
+    add_rows(size, chunks)
+    while size < N:
+        parts, chunks = chunks, room(size * CHUNK)
+        _call(
+            _kernels.sum_chunks,
+            sums,
+            *[by_code.arguments(), _address(parts), heads, D, size, size * CHUNK, factor],
+            *[_address(sums), sums.stride(0), _type(sums), _address(chunks)],
+        )
+        size *= CHUNK
+
+
+def _code_gradients(
+    rows: Rows,
+    by_code: _ByCode,
+    codes: Tensor,
+    grad_loss: Tensor,
+    kept: Tensor | None,
+    factor: float,
+    gradients: Tensor,
+    rest: Tensor | None = None,
+) -> None:
+    """Gradients (H, K, D) of factor / 2 * grad_loss * mean((c - x)^2); what is left of the rows to `rest` (H, N, D)."""
+
+    def add_differences(size: int, chunks: Tensor) -> None:
+        _call(
+            _kernels.sum_differences,
+            rows.tensor,
+            *[_pass(rows), _pass(_code_rows(codes)), by_code.arguments(), _address(kept), _address(grad_loss)],
+            *[_type(grad_loss), rows.heads, rows.dim, size, factor, _address(gradients), gradients.stride(0)],
+            *[_type(gradients), _address(chunks), _address(rest)],
+        )
+
+    _add_up(by_code, gradients, factor, add_differences)
+
+
+def code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    """Counts ([H,] K) and sums ([H,] K, D): float64 sums in row order, rounded once.
+
+    An index at or past `codebook_size` ends the kernel and is never written through. N is limited to 2^31 - 1 a head by
+    torch.sort.
+    """
+    rows = gathered(x, per_head)
+    heads, N, D = rows.heads, rows.length, rows.dim
+    flat_mask = None if mask is None else mask.contiguous().view(heads, N)
+    by_code = _rows_by_code(indices.contiguous().view(heads, N, 1), flat_mask, codebook_size, checked=True)
+    counts = _empty((heads, codebook_size), working_dtype(x), x)
+    sums = _empty((heads, codebook_size, D), working_dtype(x), x)
+
+    def add_rows(size: int, chunks: Tensor) -> None:
+        _call(
+            _kernels.sum_rows,
+            x,
+            *[_pass(rows), by_code.arguments(), heads, D, size],
+            *[_address(counts), _address(sums), _type(sums), _address(chunks)],
+        )
+
+    _add_up(by_code, sums, 1.0, add_rows)
+    return (counts, sums) if per_head else (counts[0], sums[0])
+
+
+# ---- moving averages ----------------------------------------------------------------------------------------------
+
+
+def ema_update_(
+    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+) -> None:
+    """The moving averages and the codebook, in place; float64 within, each stored tensor rounded once."""
+    tensors = (codebook, cluster_size, embed_avg, counts.resolve_neg(), sums.resolve_neg())
+    by_head = tensors if codebook.dim() == 3 else tuple(t.unsqueeze(0) for t in tensors)
+    heads, K, D = by_head[0].shape
+    parts = _empty((heads, _kernels.ema_parts(K)), torch.float64, codebook)
+    _call(_kernels.ema_update, codebook, *[_matrix(t) for t in by_head], decay, eps, heads, K, D, _address(parts))
+    # Autograd must see the writes: a codebook saved for backward and updated since is an error, not a wrong gradient.
+    torch.autograd.graph.increment_version((codebook, cluster_size, embed_avg))
+
+
+# ---- residual quantisation ----------------------------------------------------------------------------------------
+
+
+def _stage_codes(codebooks: Tensor, x: Tensor) -> Tensor:
+    """Codebooks ([H,] Q, K, D), dense, as (H * Q, K, D)."""
+    return _codes(codebooks.resolve_neg().contiguous().flatten(0, -3), x)
+
+
+def _residual_search(x: Tensor, codebooks: Tensor, metric: str) -> Tensor:
+    """The code of each stage for each row, (..., Q), stage after stage."""
+    per_head = codebooks.dim() == 4
+    stages = codebooks.shape[-3]
+    indices = _empty((*x.shape[:-1], stages), torch.int64, x)
+    residual = x
+    for q in range(stages):
+        indices[..., q] = search(residual, codebooks.select(-3, q), metric, False, "exact")[0]
+        if q + 1 == stages:
+            break
+        rows = rows_of(residual, per_head)
+        codes = _stage_codes(codebooks, residual)
+        rest = _empty(x.shape, working_dtype(x, codebooks), x)
+        _call(
+            _kernels.take_codes,
+            x,
+            *[_pass(rows), _pass(_code_rows(codes)), _address(indices), rows.heads, stages, q, rows.dim],
+            _address(rest),
+        )
+        residual = rest
+    return indices
+
+
+def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
+    indices = _residual_search(x, codebooks, metric)
+    rows, codes = rows_of(x, codebooks.dim() == 4), _stage_codes(codebooks, x)
+    stages = codebooks.shape[-3]
+    quantized = _empty(x.shape, x.dtype, x)
+    losses = _empty(stages, working_dtype(x, codebooks), x)
+    parts = _empty((stages, rows.heads, _kernels.loss_parts(rows.length, rows.dim)), torch.float64, x)
+    _call(
+        _kernels.gather_stages,
+        x,
+        *[_pass(rows), _pass(_code_rows(codes)), _address(indices), rows.heads, stages, rows.dim],
+        *[_address(quantized), _address(parts), _address(losses), _type(losses)],
+    )
+    return quantized, indices, losses
+
+
+def residual_quantize_backward(
+    grad_quantized: Tensor,
+    grad_losses: Tensor,
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (straight-through and all losses) and to the codebooks (each stage's own loss)."""
+    per_head = codebooks.dim() == 4
+    stages, K, D = codebooks.shape[-3:]
+    work = working_dtype(x, codebooks)
+    codes = _stage_codes(codebooks, x)
+    indices, grad_losses = indices.contiguous(), grad_losses.resolve_neg().contiguous()
+    grad_x = _empty(x.shape if need_x else (0,), x.dtype, x)
+    grad_codebooks = _empty(codebooks.shape if need_codebooks else (0,), codebooks.dtype, x)
+    if need_x:
+        rows, gradients = rows_of(x, per_head), rows_of(grad_quantized, per_head)
+        _call(
+            _kernels.pull_stages,
+            x,
+            *[_pass(gradients), _pass(rows), _pass(_code_rows(codes)), _address(indices), _address(grad_losses)],
+            *[_type(grad_losses), rows.heads, stages, rows.dim, _address(grad_x)],
+        )
+    if need_codebooks:
+        rows = gathered(x, per_head)
+        heads = rows.heads
+        residual = _empty((heads, rows.length, D), work, x)
+        by_code = _rows_by_code(indices.view(heads, rows.length, stages), None, K, checked=False)
+        targets, by_stage = grad_codebooks.view(heads, stages, K, D), codes.view(heads, stages, K, D)
+        for q in range(stages):
+            rest = residual if q + 1 < stages else None
+            stage, stage_codes = by_code.stage(q, stages), _codes(by_stage[:, q], rows.tensor)
+            _code_gradients(rows, stage, stage_codes, grad_losses[q], None, -1.0, targets[:, q], rest)
+            rows = rows_of(residual, True)
+    return grad_x, grad_codebooks

@@ -1,9 +1,13 @@
 """What the tests of the CUDA backend share: programs and a module compiled against the shim, once a session."""
 
+import ctypes
+import importlib.util
 from pathlib import Path
 
 import pytest
-from shimmed import SANITIZERS, compile_shim
+from shimmed import SANITIZERS, compile_module, compile_shim
+
+from fastvq.backends import cuda
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +19,27 @@ def faults(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         programs[name] = compile_shim(folder, folder / "faults", [source], flags)
     return programs
+
+
+@pytest.fixture(scope="session")
+def shim_module(tmp_path_factory):
+    """The bindings, the host code and the kernels, compiled against the shim, as a Python module."""
+    path = compile_module(tmp_path_factory.mktemp("module"))
+    spec = importlib.util.spec_from_file_location("_cuda_shim", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels(shim_module, monkeypatch):
+    """fastvq.backends.cuda on CPU tensors."""
+    monkeypatch.setattr(cuda, "_kernels", shim_module)
+    return shim_module
+
+
+@pytest.fixture(params=[1, 2, 3])
+def seed(request, shim_module):
+    """Several orders in which warps and lanes run."""
+    ctypes.CDLL(shim_module.__file__).fastvq_shim_seed(ctypes.c_uint64(request.param))
+    return request.param

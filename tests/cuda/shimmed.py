@@ -1,7 +1,9 @@
 """How the CUDA sources are compiled for the CPU, against the shim."""
 
 import importlib.util
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +15,17 @@ _spec.loader.exec_module(build)
 
 # No contraction, as nvcc is told; misaligned vectors are caught in every build.
 FLAGS = [
-    *["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"],
+    *[
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+    ],
     *["-fsanitize=alignment", "-fno-sanitize-recover=all", f"-I{SHIM}"],
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fsanitize-sections=fastvq_shared"]
@@ -37,3 +49,24 @@ def compile_shim(folder, output, sources, flags=(), link_flags=()):
 def run(program, *arguments):
     """A finished run of a program, its output captured."""
     return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def compile_module(folder, flags=()):
+    """The whole extension against the shim; returns the path of module _cuda_shim."""
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    flags = [*build.python_includes(), "-DFASTVQ_CUDA_MODULE=_cuda_shim", *flags]
+    return compile_shim(folder, folder / "_cuda_shim.so", sources, flags, ["-shared"])
+
+
+def dies(module, code):
+    """What a program says that runs `code`, in which `cuda` is the backend on the CPU, and that must be aborted."""
+    load = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("_cuda_shim", {module.__file__!r})
+from fastvq.backends import cuda
+cuda._kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda._kernels)
+"""
+    done = subprocess.run([sys.executable, "-c", load + code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGABRT, done
+    return done.stderr

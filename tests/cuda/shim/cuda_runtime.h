@@ -76,7 +76,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-extern "C" void fastvq_shim_seed(std::uint64_t seed);
+extern "C" __attribute__((visibility("default"))) void fastvq_shim_seed(std::uint64_t seed);
 
 namespace shim {
 

@@ -1,0 +1,105 @@
+// The CUDA operators but for the search: what the bindings call. Every pointer is to device memory, every call only
+// queues work on a stream of the current device, and throws what CUDA complains of.
+//
+// Codes (H, K, D) come as rows: of x's type, float32 or float64. Indices are (H, N) int64 and dense, masks (H, N) bytes
+// or nullptr; `kept` is how many rows of all heads a mask keeps, nullptr for all. What is named out is dense.
+#pragma once
+
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace fastvq {
+
+// A matrix (H, rows, columns) that is updated or read once, under any strides.
+struct Matrix {
+  void* data;
+  Float type;
+  std::int64_t head, row, column;  // strides
+};
+
+// How many devices the driver shows; 0 and *error set where there is no driver.
+int device_count(const char** error);
+
+// The canonical codes, every one scored in float64; distances (H, N) or nullptr.
+void search_whole(const Rows& x, const Rows& codes, std::int64_t heads, int D, bool euclidean, std::int64_t* indices,
+                  void* distances, Float type, std::uintptr_t stream);
+
+// How many float64 partial sums a head's loss takes.
+std::int64_t loss_parts(std::int64_t N, int D);
+
+// quantized (H, N, D) in x's type, the codes at the indices; loss () = weight * mean((x - code)^2).
+// `parts` holds H * loss_parts(N, D) float64.
+void gather(const Rows& x, const Rows& codes, const std::int64_t* indices, const std::uint8_t* mask,
+            const std::int64_t* kept, double weight, std::int64_t heads, int D, void* quantized, double* parts,
+            void* loss, Float loss_type, std::uintptr_t stream);
+
+// grad_x (H, N, D) in x's type: the gradient that came, which is of x's type too, and the pull of the commitment loss.
+void pull(const Rows& gradient, const Rows& x, const Rows& codes, const std::int64_t* indices, const std::uint8_t* mask,
+          const std::int64_t* kept, const void* grad_loss, Float loss_type, double weight, std::int64_t heads, int D,
+          void* grad_x, std::uintptr_t stream);
+
+// ---- sums by code: csrc/cuda/code_sums.cu explains chunks, levels and slots
+// --------------------------------------------
+
+// Rows sorted by code, in row order; P problems, one head each. Strides in elements; codes of `key_bytes`, unsigned.
+struct ByCode {
+  const void* codes;           // (P, N), ascending; K for rows left out
+  const std::int64_t* order;   // (P, N)
+  const std::int64_t* starts;  // (P, K + 1)
+  int key_bytes;
+  std::int64_t stride_codes, stride_order, stride_starts;
+  std::int64_t N, K;
+};
+
+// Keys (H * Q, N) of `key_bytes` for indices (H, N, Q): the code, or K where the row is left out. With `checked` an
+// index past the codebook traps.
+void sort_keys(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t heads, std::int64_t N,
+               std::int64_t Q, std::int64_t K, int key_bytes, bool checked, void* keys, std::uintptr_t stream);
+
+// starts (P, K + 1) of sorted codes.
+void code_starts(const ByCode& by_code, std::int64_t problems, std::int64_t* starts, std::uintptr_t stream);
+
+// Chunks of `size` rows: counts (H, K), sums (H, K, D) of codes of one chunk, and the chunks (H, 2 ceil(N / size), D)
+// of the others. Elements of a row of x lie together.
+void sum_rows(const Rows& x, const ByCode& by_code, std::int64_t heads, int D, std::int64_t size, void* counts,
+              void* sums, Float type, double* chunks, std::uintptr_t stream);
+
+// The same of (row - code) * 2 grad_loss / elements, times `factor`; sums (H, K, D) with head stride `stride_sums`.
+// row - code goes to `rest` (H, N, D) of the working type, which may be what x is, or nullptr.
+void sum_differences(const Rows& x, const Rows& codes, const ByCode& by_code, const std::int64_t* kept,
+                     const void* grad_loss, Float loss_type, std::int64_t heads, int D, std::int64_t size,
+                     double factor, void* sums, std::int64_t stride_sums, Float type, double* chunks, void* rest,
+                     std::uintptr_t stream);
+
+// The next level: chunks of `size` rows from those of `part` rows.
+void sum_chunks(const ByCode& by_code, const double* parts, std::int64_t heads, int D, std::int64_t part,
+                std::int64_t size, double factor, void* sums, std::int64_t stride_sums, Float type, double* chunks,
+                std::uintptr_t stream);
+
+// ---- moving averages ------------------------------------------------------------------------------------------------
+
+// How many float64 partial sums a head's total of cluster sizes takes.
+std::int64_t ema_parts(std::int64_t K);
+
+void ema_update(const Matrix& codebook, const Matrix& cluster_size, const Matrix& embed_avg, const Matrix& counts,
+                const Matrix& sums, double decay, double eps, std::int64_t heads, std::int64_t K, int D, double* parts,
+                std::uintptr_t stream);
+
+// ---- residual quantisation: codes (H * Q, K, D), whose heads are a head's stages one after the other
+// -----------------------
+
+// residual (H, N, D) of the working type = x - codes at the indices (H, N, Q), stage q.
+void take_codes(const Rows& x, const Rows& codes, const std::int64_t* indices, std::int64_t heads, std::int64_t Q,
+                std::int64_t q, int D, void* residual, std::uintptr_t stream);
+
+// quantized (H, N, D) in x's type; losses (Q,). `parts` holds Q * H * loss_parts(N, D) float64.
+void gather_stages(const Rows& x, const Rows& codes, const std::int64_t* indices, std::int64_t heads, std::int64_t Q,
+                   int D, void* quantized, double* parts, void* losses, Float loss_type, std::uintptr_t stream);
+
+// grad_x (H, N, D) in x's type: the gradient that came, and the pull of every stage's loss.
+void pull_stages(const Rows& gradient, const Rows& x, const Rows& codes, const std::int64_t* indices,
+                 const void* grad_losses, Float loss_type, std::int64_t heads, std::int64_t Q, int D, void* grad_x,
+                 std::uintptr_t stream);
+
+}  // namespace fastvq
