@@ -2,6 +2,7 @@
 
 from fastvq.backends.select import BackendUnavailableError, use_backend
 from fastvq.functional import code_sums, ema_update_, residual_quantize, search, vector_quantize
+from fastvq.interop import PatchReport, patch, unpatch
 from fastvq.nn import (
     FSP,
     FSQ,
@@ -37,6 +38,7 @@ __all__ = [
     "GroupedResidualVQ",
     "HierarchicalVQ",
     "LatentQuantize",
+    "PatchReport",
     "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
@@ -46,8 +48,10 @@ __all__ = [
     "VectorQuantize",
     "code_sums",
     "ema_update_",
+    "patch",
     "residual_quantize",
     "search",
+    "unpatch",
     "use_backend",
     "vector_quantize",
     "warmup",

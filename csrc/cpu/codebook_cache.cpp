@@ -14,7 +14,7 @@
 namespace fastvq {
 namespace {
 
-constexpr std::int64_t kMostBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kMostBytes = std::int64_t{384} << 20;
 
 struct Kept {
   const void* address;  // where the codes lay: a new codebook at the same place takes the old one's room
