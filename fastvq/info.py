@@ -89,6 +89,28 @@ def render(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+OPERATORS = (
+    *["search", "vector_quantize", "vector_quantize_backward", "code_sums", "ema_update_"],
+    *["residual_quantize", "residual_quantize_backward"],
+)
+# What `explain` speaks of where there is no device.
+USUAL_GPUS = (select.Gpu("sm_80", 108), select.Gpu("sm_90", 132), select.Gpu("sm_100", 148), select.Gpu("gfx942", 304))
+
+
+def explain(N: int, K: int, D: int, dtype: str) -> str:
+    """Which backend computes each operator at this size on each GPU, and why; without one, on the usual ones."""
+    found = [select.gpu_of(i) for i in range(torch.cuda.device_count())]
+    built = {"triton": importlib.util.find_spec("triton") is not None, "cuda": _built("fastvq._cuda")}
+    able = select.able("cuda") if found else frozenset(name for name, there in built.items() if there)
+    lines = [f"{N} rows, {K} codes, {D} dimensions, {dtype}; kernels: {', '.join(sorted(able)) or 'none'}"]
+    for gpu in found or USUAL_GPUS:
+        lines += ["", f"{gpu.arch}, {gpu.multiprocessors} multiprocessors" + ("" if found else " (not here)")]
+        for operator in OPERATORS:
+            choice = select.choose(gpu, select.Problem(operator, N, K, D, dtype), able)
+            lines.append(f"  {operator:<28}{choice.backend:<10} {choice.why}")
+    return "\n".join(lines)
+
+
 def report(as_json: bool) -> str:
     """The report, as JSON or as a person reads it.
 

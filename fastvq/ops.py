@@ -181,7 +181,7 @@ def _declare(schema: str, check: Any, fake: Any) -> None:
     def run(*args: Any) -> Any:
         *arguments, backend = args
         check(*arguments)
-        return getattr(select.backend_for(backend, arguments[0].device), name)(*arguments)
+        return getattr(select.backend_for(backend, arguments[0].device, (name, arguments)), name)(*arguments)
 
     def trace(*args: Any) -> Any:
         *arguments, backend = args

@@ -16,7 +16,10 @@ namespace fastvq {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 8;  // rows on their way at a time: a sum in row order lives by the loads in flight
+constexpr int kBlocks = 2;  // a multiprocessor, at least: left to itself ptxas aims higher, and spills
+// Rows on their way at a time: a sum in row order lives by the loads in flight. 64 bytes a thread; more would spill.
+template <int V>
+constexpr int kRowsAhead = V == 1 ? 8 : 4;
 
 // ---- sorting ------------------------------------------------------------------------------------------------------
 
@@ -27,7 +30,7 @@ __device__ __forceinline__ std::int64_t load_key(const void* keys, int bytes, st
 }
 
 // Grid (row blocks, H * Q).
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     key_kernel(const std::int64_t* indices, const std::uint8_t* mask, void* keys, int bytes, std::int64_t N,
                std::int64_t K, std::int64_t Q, bool checked) {
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The first place of each code, by bisection. Grid (code blocks, problems).
-__global__ void __launch_bounds__(kThreads) starts_kernel(ByCode by_code, std::int64_t* starts) {
+__global__ void __launch_bounds__(kThreads, kBlocks) starts_kernel(ByCode by_code, std::int64_t* starts) {
   const std::int64_t code = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x, problem = blockIdx.y;
   if (code > by_code.K) return;
   std::int64_t low = 0, high = by_code.N;
@@ -125,9 +128,10 @@ struct Place {
 
 // Grid (teams, column blocks, H), block (columns, teams).
 template <class X, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sum_rows_kernel(Rows x, ByCode by_code, int D, std::int64_t size, std::int64_t slots, void* counts, void* sums,
                     Float type, double* chunks) {
+  constexpr int kUnroll = kRowsAhead<V>;
   const Place<V> place;
   const std::int64_t head = blockIdx.z;
   if (place.column >= D) return;
@@ -158,12 +162,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // The same of (row - code) * scale; row - code goes to `rest`, if there is one.
 template <class X, class C, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sum_differences_kernel(Rows x, Rows codes, ByCode by_code, const std::int64_t* kept, std::int64_t all_rows,
                            const void* grad_loss, Float loss_type, int D, std::int64_t size, std::int64_t slots,
                            double factor, void* sums, std::int64_t stride_sums, Float type, double* chunks,
                            Working<X, C>* rest) {
   using W = Working<X, C>;
+  constexpr int kUnroll = kRowsAhead<V>;
   const Place<V> place;
   const std::int64_t head = blockIdx.z;
   if (place.column >= D) return;
@@ -205,10 +210,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The sums of a level from those of the level below, for codes of more than `part` rows.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sum_chunks_kernel(ByCode by_code, const double* parts, int D, std::int64_t part, std::int64_t size,
                       std::int64_t part_slots, std::int64_t slots, double factor, void* sums, std::int64_t stride_sums,
                       Float type, double* chunks) {
+  constexpr int kUnroll = kRowsAhead<1>;
   const Place<1> place;
   const std::int64_t head = blockIdx.z;
   if (place.column >= D) return;

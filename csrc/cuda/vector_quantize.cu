@@ -7,6 +7,7 @@ namespace fastvq {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 2;               // a multiprocessor, at least: left to itself ptxas aims higher, and spills
 constexpr int kBlockElements = 8192;     // a block's share of the rows: 32 elements a thread
 constexpr std::int64_t kParts = 65'536;  // partial sums of a head, at most
 
@@ -48,7 +49,7 @@ __device__ __forceinline__ const T* address(const Rows& rows, std::int64_t head,
 
 // Grid (blocks, H).
 template <class X, class C, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(Rows x, Rows codes, const std::int64_t* indices, const std::uint8_t* mask, X* quantized, double* sums,
                   std::int64_t rows, int D) {
   __shared__ double parts[kThreads / 32];
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The second stage: the mean of the squared differences, times its weight. Grid (losses).
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     loss_kernel(const double* sums, std::int64_t count, const std::int64_t* kept, std::int64_t all_rows, double weight,
                 int D, void* losses, Float type) {
   __shared__ double parts[kThreads / 32];
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid (blocks, H).
 template <class X, class C, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     pull_kernel(Rows gradient, Rows x, Rows codes, const std::int64_t* indices, const std::uint8_t* mask,
                 const std::int64_t* kept, const void* grad_loss, Float loss_type, double weight, X* grad_x,
                 std::int64_t rows, std::int64_t all_rows, int D) {
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid (blocks, H); shared memory for Q float64 a warp.
 template <class X, class C, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gather_stages_kernel(Rows x, Rows codes, const std::int64_t* indices, X* quantized, double* sums, std::int64_t rows,
                          int Q, int D) {
   using W = Working<X, C>;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid (blocks, H).
 template <class X, class C, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     pull_stages_kernel(Rows gradient, Rows x, Rows codes, const std::int64_t* indices, const void* grad_losses,
                        Float loss_type, X* grad_x, std::int64_t rows, std::int64_t all_rows, int Q, int D) {
   using W = Working<X, C>;
@@ -184,6 +185,7 @@ __global__ void __launch_bounds__(kThreads)
       residual[v] = narrow<W>(widen(value.values[v]));
       total[v] = widen(came.values[v]);
     }
+#pragma unroll 1
     for (int q = 0; q < Q; ++q) {
       const double scale = 2 * load(grad_losses, loss_type, q) / count;
       const auto code = load_vector<C, V>(address<C>(codes, head * Q + q, indices[row * Q + q], column));
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid (blocks, H).
 template <class X, class C, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     take_codes_kernel(Rows x, Rows codes, const std::int64_t* indices, Working<X, C>* residual, std::int64_t rows,
                       std::int64_t Q, std::int64_t q, int D) {
   using W = Working<X, C>;

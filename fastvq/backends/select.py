@@ -7,11 +7,13 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -105,8 +107,93 @@ def automatic(device_type: str) -> tuple[str, str | None]:
     return "reference", "; ".join(reasons) or f"fastvq has no kernels for {device_type} devices"
 
 
-def backend_for(backend: str | None, device: torch.device) -> ModuleType:
-    """The module that computes a call on `device`.
+# ---- between Triton and CUDA C++ --------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """What the choice may depend on of a device."""
+
+    arch: str  # "sm_90", "gfx942"
+    multiprocessors: int
+
+
+class Problem(NamedTuple):
+    """What it may depend on of a call."""
+
+    operator: str
+    N: int  # rows of all heads
+    K: int
+    D: int
+    dtype: str  # of the rows: "float32"
+
+
+class Rule(NamedTuple):
+    """A backend, when it is meant, and why: one line."""
+
+    backend: str
+    applies: Callable[[Gpu, Problem], bool]
+    why: str
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and why."""
+
+    backend: str
+    why: str
+
+
+def _nvidia(gpu: Gpu) -> bool:
+    return gpu.arch.startswith("sm_")
+
+
+# The first that applies and whose backend is there. What is measured on devices goes above the second rule.
+RULES = (
+    Rule("triton", lambda gpu, _: not _nvidia(gpu), "CUDA C++ is for NVIDIA devices"),
+    Rule("triton", lambda gpu, _: True, "the two have not been measured side by side; Triton is the older"),
+    Rule("cuda", lambda gpu, _: _nvidia(gpu) and int(gpu.arch[3:].rstrip("af")) >= 80, "Triton is not there"),
+)
+
+
+def choose(gpu: Gpu, problem: Problem, able: frozenset[str]) -> Choice:
+    """Which of the backends that are `able` to serve a device computes a problem on it; a pure function."""
+    for rule in RULES:
+        if rule.backend in able and rule.applies(gpu, problem):
+            return Choice(rule.backend, rule.why)
+    return Choice("reference", "there are no kernels for this device")
+
+
+_cached_choice = functools.cache(choose)
+
+
+@functools.cache
+def able(device_type: str) -> frozenset[str]:
+    """The backends with kernels that serve a kind of device in this process."""
+    return frozenset(
+        name for name in _CANDIDATES.get(device_type, ()) if missing(name) is None and serves(name, device_type)
+    )
+
+
+@functools.cache
+def gpu_of(index: int) -> Gpu:
+    """A CUDA or ROCm device of this process."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return Gpu(arch, properties.multi_processor_count)
+
+
+def problem_of(operator: str, arguments: Sequence[Any]) -> Problem:
+    """The problem that a call of an operator of fastvq.ops poses."""
+    if operator == "ema_update_":
+        x = codebook = arguments[0]
+    else:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        x, codebook = tensors[2:4] if operator.endswith("_backward") else tensors[:2]
+    K = int(arguments[2]) if operator == "code_sums" else codebook.shape[-2]
+    return Problem(operator, x.shape[:-1].numel(), K, x.shape[-1], str(x.dtype).removeprefix("torch."))
+
+
+def backend_for(backend: str | None, device: torch.device, call: tuple[str, Sequence[Any]] | None = None) -> ModuleType:
+    """The module that computes a call on `device`; `call` is the operator's name and its arguments.
 
     Raises:
         ValueError: the backend does not serve this kind of device.
@@ -117,6 +204,8 @@ def backend_for(backend: str | None, device: torch.device) -> ModuleType:
         name, why = automatic(device.type)
         if why is not None:
             _warn_slow(device.type, why)
+        elif call is not None and len(able(device.type)) > 1:
+            name = _cached_choice(gpu_of(device.index or 0), problem_of(*call), able(device.type)).backend
     else:
         why = missing(name)
         if why is not None:

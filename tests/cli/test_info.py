@@ -40,6 +40,8 @@ def test_the_instruction_set_asked_for_is_the_one_in_use():
     ("arguments", "environment", "words"),
     [
         (["--fast"], {}, "unrecognized arguments: --fast"),
+        (["--explain", "100", "0", "8", "float32"], {}, "K must be a whole number, at least 1; got 0"),
+        (["--explain", "100", "10", "8", "int8"], {}, "DTYPE must be one of float32, bfloat16, float16, float64"),
         ([], {"FASTVQ_BACKEND": "gpu"}, "FASTVQ_BACKEND must be one of"),
         ([], {"FASTVQ_CPU_ISA": "mmx"}, "FASTVQ_CPU_ISA must be one of"),
     ],
@@ -50,3 +52,12 @@ def test_errors_are_one_line(arguments, environment, words):
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_explain_gives_a_reason_a_line():
+    done = info("--explain", "16384", "1024", "64", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("16384 rows, 1024 codes, 64 dimensions, bfloat16; kernels:")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("  search ")]
+    assert lines
+    assert all(len(line.split(maxsplit=2)) == 3 for line in lines)

@@ -1,0 +1,57 @@
+"""The choice between Triton and CUDA C++: a pure function with a reason."""
+
+import pytest
+import torch
+
+from fastvq.backends import select
+
+BOTH = frozenset({"triton", "cuda"})
+H100 = select.Gpu("sm_90", 132)
+MI300 = select.Gpu("gfx942", 304)
+
+
+def problem(operator="search", n=16384, k=1024, d=64, dtype="float32"):
+    return select.Problem(operator, n, k, d, dtype)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "able", "backend", "words"),
+    [
+        (H100, BOTH, "triton", "not been measured"),
+        (H100, frozenset({"cuda"}), "cuda", "Triton is not there"),
+        (MI300, BOTH, "triton", "NVIDIA"),
+        (MI300, frozenset({"cuda"}), "reference", "no kernels"),
+        (select.Gpu("sm_75", 40), frozenset({"cuda"}), "reference", "no kernels"),
+        (select.Gpu("sm_100a", 148), frozenset({"cuda"}), "cuda", "Triton is not there"),
+        (H100, frozenset(), "reference", "no kernels"),
+    ],
+)
+def test_choice(gpu, able, backend, words):
+    choice = select.choose(gpu, problem(), able)
+    assert choice.backend == backend
+    assert words in choice.why
+
+
+def test_a_rule_from_a_measurement_goes_first(monkeypatch):
+    rule = select.Rule("cuda", lambda gpu, p: gpu.arch == "sm_90" and p.D <= 16, "measured: 1.4 times as fast")
+    monkeypatch.setattr(select, "RULES", (rule, *select.RULES))
+    assert select.choose(H100, problem(d=8), BOTH) == ("cuda", "measured: 1.4 times as fast")
+    assert select.choose(H100, problem(d=64), BOTH).backend == "triton"
+    assert select.choose(MI300, problem(d=8), BOTH).backend == "triton"
+
+
+def test_the_problem_of_each_operator():
+    x, codebook, indices = torch.zeros(2, 5, 7), torch.zeros(2, 3, 7), torch.zeros(2, 5, dtype=torch.int64)
+    loss, codebooks, losses = torch.zeros(()), torch.zeros(4, 3, 7), torch.zeros(4)
+    calls = {
+        "search": (x, codebook, "euclidean", False, "exact"),
+        "vector_quantize": (x, codebook, "euclidean", 1.0, 1.0, None),
+        "vector_quantize_backward": (x, loss, x, codebook, indices, None, 1.0, 1.0, True, True),
+        "code_sums": (x, indices, 3, None, True),
+        "residual_quantize": (x, codebooks, "euclidean"),
+        "residual_quantize_backward": (x, losses, x, codebooks, indices, True, True),
+    }
+    for operator, arguments in calls.items():
+        assert select.problem_of(operator, arguments) == select.Problem(operator, 10, 3, 7, "float32")
+    state = codebook, torch.zeros(2, 3), codebook, torch.zeros(2, 3), codebook, 0.9, 1e-5
+    assert select.problem_of("ema_update_", state) == select.Problem("ema_update_", 6, 3, 7, "float32")
