@@ -1,9 +1,10 @@
 """`python -m benchmarks.gpu_check`: everything that only a GPU can tell, in one run of some minutes, offline.
 
-Builds what it can, compares the backends with the reference on the device, tries CUDA graphs, streams and freedom from
-host syncs, and times fastvq beside its rivals and the device's measured limits. Writes a JSON file and a Markdown table
-to benchmarks/results/gpu. A step that fails is recorded and the rest goes on; the exit status tells. With --dry
-the same on the CPU, at tiny shapes, in Triton's interpreter.
+Builds what it can, times fastvq beside its rivals and the device's measured limits (search, training step, residual
+quantiser, each kernel of a call, what other tiles would give), and runs the kernels' tests on the device: equal to the
+reference; graphs, streams, no host sync. Writes a JSON file and a Markdown table to benchmarks/results/gpu.
+A step that fails is recorded and the rest goes on; the exit status tells. With --dry the same on the CPU, at tiny
+shapes, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import itertools
 import json
+import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+STAGED = ROOT / "build" / "gpu_check"
 SHAPES = (  # N, K, D, dtype
     (1_000_000, 1024, 64, "bfloat16"),
     (1_000_000, 8192, 32, "bfloat16"),
@@ -34,11 +37,18 @@ SHAPES = (  # N, K, D, dtype
     (1_000_000, 65_536, 128, "bfloat16"),
     (1_000_000, 20_000, 256, "bfloat16"),
     (262_144, 1024, 256, "float32"),
-    (65_536, 8192, 8, "float32"),
+    (1_000_000, 1024, 8, "float32"),
+    (65_536, 16_384, 8, "float32"),
     (256, 1024, 64, "float32"),
+    (1, 65_536, 64, "float32"),
 )
 DRY_SHAPES = ((70, 40, 16, "bfloat16"), (33, 20, 8, "float32"))
-NAIVE_BYTES = 32 << 30  # largest N x K matrix that the naive versions are asked to make
+STEPS = ((65_536, 1024, 64), (65_536, 8192, 256))  # N, K, D, float32
+RESIDUAL = (8, 6000, 128, 1024)  # stages, rows, D, K
+NAIVE_BYTES = 16 << 30  # largest N x K matrix that the naive versions are asked to make
+TESTS = ["tests/kernels/test_on_device.py"]
+TESTS += [f"tests/kernels/test_triton_{name}.py" for name in ("search", "mutations", "code_sums", "ema_update")]
+TESTS += [f"tests/kernels/test_triton_{name}.py" for name in ("vector_quantize", "residual_quantize")]
 
 Record = dict[str, Any]
 
@@ -68,10 +78,16 @@ class Check:
         print(f"{name}: {self.steps[name]['status']}, {self.steps[name]['seconds']} s", flush=True)
         return result
 
-    def wait(self) -> None:
-        """Until the device has finished."""
-        if not self.dry:
-            torch.cuda.synchronize()
+    def timed(self, call: Callable[[], Any]) -> Record:
+        """Milliseconds of a call, or why there are none."""
+        from fastvq.measure.device import median_milliseconds
+
+        if time.monotonic() > self.end:
+            return {"why": "out of time"}
+        try:
+            return {"ms": float(f"{median_milliseconds(call, self.device, calls=1 if self.dry else 7):.4g}")}
+        except Exception as error:
+            return {"why": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def machine(check: Check) -> Record:
@@ -96,27 +112,57 @@ def machine(check: Check) -> Record:
     }
 
 
+def environment(**more: str) -> dict[str, str]:
+    """For processes of their own: the package, the tests' and the benchmarks' modules."""
+    path = [str(STAGED), str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"} | more
+
+
+def python(check: Check, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, in a folder where `ROOT/fastvq`, which lacks its kernels, is not found."""
+    left = max(10.0, check.end - time.monotonic())
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=STAGED,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=left,
+    )
+
+
 def build(check: Check) -> str:
     """Build the extensions in place where there are compilers; without them the Triton kernels still run."""
     if check.dry:
         return "left as it is"
+    major, minor = torch.cuda.get_device_capability()
+    here = {"FASTVQ_CUDA_ARCHITECTURES": f"{major}{minor}" + "a" * (major == 9)} if torch.version.cuda else {}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | here, timeout=300
+    )
     return "built" if done.returncode == 0 else f"not built: {done.stderr[-500:]}"
 
 
-# ---- right --------------------------------------------------------------------------------------------------------
+def run_tests(check: Check) -> Record:
+    """The kernels' tests on the device, several processes at a time where pytest-xdist is installed."""
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--tb=short", "--rootdir", str(ROOT)]
+    if not check.dry and importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(12, os.cpu_count() or 1))]
+    files = [str(ROOT / name) for name in (TESTS[:1] if check.dry else TESTS)]
+    done = python(check, "-m", "pytest", *options, *files, FASTVQ_TEST_DEVICE=check.device.type)
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    result = {"summary": summary, "failed": failures[:40]}
+    if done.returncode:
+        print(done.stdout[-8000:], flush=True)
+        raise AssertionError(json.dumps(result))
+    return result
 
 
-def cases(check: Check) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Rows and codes of every family and dtype."""
-    from families import DTYPES, FAMILIES, make
-
-    shapes = ((20, 33, 7),) if check.dry else ((1023, 777, 31), (257, 4099, 64), (64, 1000, 252))
-    kinds = itertools.product(("near_tied",) if check.dry else FAMILIES, DTYPES, shapes)
-    for family, dtype, (n, k, d) in kinds:
-        x, codebook = make(family, n, k, d, dtype, seed=d)
-        yield f"{family} {dtype} {n} x {k} x {d}", x.to(check.device), codebook.to(check.device)
+# ---- fast ---------------------------------------------------------------------------------------------------------
 
 
 def backends(check: Check) -> dict[str, Any]:
@@ -126,92 +172,12 @@ def backends(check: Check) -> dict[str, Any]:
     return {"triton": triton} | ({} if check.dry or cuda.missing() else {"cuda": cuda})
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Equal, NaN to NaN."""
-    return found.shape == wanted.shape and bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
+def measure_limits(check: Check) -> Record:
+    """The device's copy bandwidth in GB/s and matrix rate in GFLOP/s, float16 on a GPU."""
+    from fastvq.measure.device import limits
 
-
-def compare(check: Check) -> Record:
-    """Each backend's results against the reference's, on the device: how many cases, and which are wrong."""
-    from fastvq.backends import reference
-
-    result: Record = {}
-    for name, backend in backends(check).items():
-        count, wrong = 0, []
-        for what, x, codebook in cases(check):
-            for metric in ("euclidean", "dot"):
-                wanted = reference.search(x, codebook, metric, True, "exact")
-                found = backend.search(x, codebook, metric, True, "exact")
-                count += 1
-                if not all(same(f, w) for f, w in zip(found, wanted, strict=True)):
-                    wrong.append(f"search {metric} {what}: {int((found[0] != wanted[0]).sum())} indices differ")
-            indices = reference.search(x, codebook, "euclidean", False, "exact")[0]
-            # On the CPU the reference adds in the order of the rows; on a GPU, in any.
-            wanted = reference.code_sums(x.cpu(), indices.cpu(), len(codebook), None, False)
-            found = backend.code_sums(x, indices, len(codebook), None, False)
-            if not all(same(f.cpu(), w) for f, w in zip(found, wanted, strict=True)):
-                wrong.append(f"code_sums {what}")
-            wanted = reference.vector_quantize(x, codebook, "euclidean", 1.0, 0.0, None)
-            found = backend.vector_quantize(x, codebook, "euclidean", 1.0, 0.0, None)
-            if not all(same(f, w) for f, w in zip(found[:2], wanted[:2], strict=True)):
-                wrong.append(f"vector_quantize {what}")
-            count += 2
-        result[name] = {"cases": count, "wrong": wrong}
-        if wrong:
-            raise AssertionError(f"{name}: {len(wrong)} of {count} cases wrong: {wrong[:5]}")
-    return result
-
-
-def example(check: Check) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and codes that every step can use."""
-    n, k, d = (40, 30, 8) if check.dry else (10_000, 1024, 64)
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(rows, d, generator=generator).to(check.device) for rows in (n, k))
-
-
-def no_sync(check: Check) -> str:
-    """The search under torch's guard against host syncs."""
-    from fastvq.backends import triton
-
-    x, codebook = example(check)
-    triton.search(x, codebook, "euclidean", False, "exact")
-    if check.dry:
-        return "called without the guard"
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        triton.search(x, codebook, "euclidean", False, "exact")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "none"
-
-
-def graph(check: Check) -> str:
-    """The search captured in a CUDA graph and replayed on other rows, on a stream of its own."""
-    from fastvq.backends import reference, triton
-
-    x, codebook = example(check)
-    call = lambda: triton.search(x, codebook, "euclidean", False, "exact")[0]  # noqa: E731
-    if check.dry:
-        call()
-        return "called without a graph"
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        indices = call()
-    x.copy_(torch.randn_like(x))
-    captured.replay()
-    wanted = reference.search(x, codebook, "euclidean", False, "exact")[0]
-    torch.cuda.synchronize()
-    if not torch.equal(indices, wanted):
-        raise AssertionError(f"{int((indices != wanted).sum())} indices of the replay are wrong")
-    return "replayed"
-
-
-# ---- fast ---------------------------------------------------------------------------------------------------------
+    found = limits(check.device)
+    return {"copy_gbs": found.copy, "matrix_gflops": max(found.rates.values()), "rates": found.rates}
 
 
 def naive(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -231,7 +197,7 @@ def contenders(check: Check, x: torch.Tensor, codebook: torch.Tensor) -> Iterato
     if x.shape[0] * codebook.shape[0] * 4 <= NAIVE_BYTES:
         yield "naive cdist", lambda: naive(x.float(), codebook.float())
         yield "naive matmul", lambda: expanded(x, codebook)
-        compiled = torch.compile(expanded, backend="eager" if check.dry else "inductor", dynamic=False)
+        compiled = torch.compile(expanded, backend="eager" if check.dry else "inductor")
         yield "torch.compile of naive matmul", lambda: compiled(x, codebook)
         if importlib.util.find_spec("vector_quantize_pytorch"):
             from vector_quantize_pytorch import VectorQuantize
@@ -248,41 +214,210 @@ def contenders(check: Check, x: torch.Tensor, codebook: torch.Tensor) -> Iterato
         yield "flash-kmeans", lambda: euclid_assign_triton(rows, codes, squares)
 
 
-def timings(check: Check, limits: Record) -> list[Record]:
+def drawn(check: Check, n: int, k: int, d: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian rows and codes on the device."""
+    return tuple(torch.randn(rows, d, device=check.device).to(getattr(torch, dtype)) for rows in (n, k))
+
+
+def time_search(check: Check, limits: Record) -> list[Record]:
     """Milliseconds of every contender at every shape, its rate, and its part of what the device can do."""
-    from fastvq.measure.device import median_milliseconds
-
-    rows = []
+    found = []
     for n, k, d, dtype in DRY_SHAPES if check.dry else SHAPES:
-        x, codebook = (torch.randn(rows, d, device=check.device).to(getattr(torch, dtype)) for rows in (n, k))
+        x, codebook = drawn(check, n, k, d, dtype)
         for name, call in contenders(check, x, codebook):
-            row: Record = {"N": n, "K": k, "D": d, "dtype": dtype, "contender": name}
-            if time.monotonic() > check.end:
-                row["why"] = "out of time"
-            else:
-                try:
-                    with torch.no_grad():
-                        took = median_milliseconds(call, check.device, calls=1 if check.dry else 7)
-                    moved = (n + k) * d * x.element_size() + 8 * n  # read once, and the indices written
-                    figures = {"ms": took, "tflops": 2 * n * k * d / took / 1e9}
-                    figures["of_matrix_rate"] = figures["tflops"] * 1000 / limits["matrix_gflops"]
-                    figures["of_bandwidth"] = moved / took / 1e6 / limits["copy_gbs"]
-                    row |= {name: float(f"{value:.4g}") for name, value in figures.items()}
-                except Exception as error:
-                    row["why"] = f"{type(error).__name__}: {str(error)[:300]}"
-            rows.append(row)
-    return rows
+            with torch.no_grad():
+                row: Record = {"N": n, "K": k, "D": d, "dtype": dtype, "contender": name} | check.timed(call)
+            if "ms" in row:
+                moved = (n + k) * d * x.element_size() + 8 * n  # read once, and the indices written
+                figures = {"tflops": 2 * n * k * d / row["ms"] / 1e9}
+                figures["of_matrix_rate"] = figures["tflops"] * 1000 / limits["matrix_gflops"]
+                figures["of_bandwidth"] = moved / row["ms"] / 1e6 / limits["copy_gbs"]
+                row |= {name: float(f"{value:.4g}") for name, value in figures.items()}
+            found.append(row)
+    return found
 
 
-def measure_limits(check: Check) -> Record:
-    """The device's copy bandwidth in GB/s and matrix rate in GFLOP/s, float16 on a GPU."""
-    from fastvq.measure.device import limits
+def training_step(layer: Any, x: torch.Tensor) -> Callable[[], object]:
+    """Forward and backward of a layer of `fastvq.measure.contenders`."""
+    upstream = torch.full_like(x, 1e-3)
 
-    found = limits(check.device)
-    return {"copy_gbs": found.copy, "matrix_gflops": max(found.rates.values()), "rates": found.rates}
+    def step() -> object:
+        leaf = x.detach().requires_grad_()
+        quantized, loss = layer(leaf)
+        return torch.autograd.grad([quantized, loss], [leaf], [upstream, torch.ones_like(loss)])
+
+    return step
+
+
+def time_steps(check: Check) -> list[Record]:
+    """A training step of the layer, forward, backward and EMA update: fastvq, its module, plain torch, the peer."""
+    from fastvq.measure.contenders import LAYERS, ModuleLayer, available
+    from fastvq.measure.contenders import STEPS as NAMES
+
+    found = []
+    for n, k, d in ((50, 20, 8),) if check.dry else STEPS:
+        x, codebook = drawn(check, n, k, d, "float32")
+        for name in available(NAMES):
+            layer = LAYERS[name](codebook.cpu() if name in ("module", "peer") else codebook)
+            if isinstance(layer, ModuleLayer):
+                layer.module.to(check.device)
+
+            found.append({"N": n, "K": k, "D": d, "contender": name} | check.timed(training_step(layer, x)))
+    return found
+
+
+def time_residual(check: Check) -> list[Record]:
+    """All stages of a residual quantiser in evaluation."""
+    import fastvq
+
+    stages, n, d, k = (2, 40, 8, 20) if check.dry else RESIDUAL
+    x, codes = drawn(check, n, stages * k, d, "float32")
+    codebooks = codes.reshape(stages, k, d) * 0.9 ** torch.arange(stages, device=check.device).reshape(-1, 1, 1)
+    rivals: dict[str, Callable[[], Any]] = {
+        f"fastvq {name}": lambda name=name: fastvq.residual_quantize(x, codebooks, backend=name)
+        for name in backends(check)
+    }
+
+    def plain() -> torch.Tensor:
+        residual = x
+        for codebook in codebooks:
+            residual = residual - codebook[expanded(residual, codebook)]
+        return x - residual
+
+    rivals["naive matmul"] = plain
+    if importlib.util.find_spec("vector_quantize_pytorch"):
+        from vector_quantize_pytorch import ResidualVQ
+
+        peer = ResidualVQ(dim=d, num_quantizers=stages, codebook_size=k).to(check.device).eval()
+        rivals["vector-quantize-pytorch"] = lambda: peer(x[None])
+    shape = {"Q": stages, "N": n, "K": k, "D": d}
+    with torch.no_grad():
+        return [shape | {"contender": name} | check.timed(call) for name, call in rivals.items()]
+
+
+def time_kernels(check: Check) -> list[Record]:
+    """Microseconds of each kernel of a search, and of a training step."""
+    from fastvq.measure.contenders import FusedLayer
+
+    if check.dry:
+        return []
+    found = []
+    for n, k, d, dtype in SHAPES:
+        x, codebook = drawn(check, n, k, d, dtype)
+        for name, backend in backends(check).items():
+            call = lambda backend=backend, x=x, codebook=codebook: backend.search(x, codebook, "euclidean", False, "")  # noqa: E731
+            found.append({"N": n, "K": k, "D": d, "dtype": dtype, "of": f"search {name}", "us": by_kernel(call)})
+    for n, k, d in STEPS:
+        x, codebook = drawn(check, n, k, d, "float32")
+        step = training_step(FusedLayer(codebook), x)
+        found.append({"N": n, "K": k, "D": d, "dtype": "float32", "of": "step", "us": by_kernel(step)})
+    return found
+
+
+def by_kernel(call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """Microseconds a call spends in each kernel, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return {event.key[:80]: round(event.self_device_time_total / calls, 1) for event in events}
+
+
+def time_tiles(check: Check) -> list[Record]:
+    """The screen with other tiles than the heuristics', fastest first: what FASTVQ_AUTOTUNE=1 would find."""
+    from fastvq.kernels import autotune, search
+    from fastvq.kernels.launch import device_of
+    from fastvq.kernels.rows import rows_of
+
+    found = []
+    for n, k, d, dtype in () if check.dry else SHAPES:
+        if time.monotonic() > check.end:
+            break
+        x, codebook = drawn(check, n, k, d, dtype)
+        device, width, rows = device_of(x), search.width_of(d), rows_of(x, False)
+        choices = search.choices_for(device, k, width)
+        run = lambda tiles: search.screen(device, rows, codebook, True, width, tiles, 1.0)  # noqa: E731, B023
+        times = autotune.timed(choices, run)
+        ranked = sorted(times, key=lambda tiles: times[tiles])
+        found.append(
+            {"N": n, "K": k, "D": d, "dtype": dtype, "usual": list(choices[0]), "usual_ms": times.get(choices[0])}
+            | {"ms": {" ".join(map(str, tiles)): round(times[tiles], 4) for tiles in ranked}}
+        )
+    return found
+
+
+# ---- compiled ahead, on all cores ---------------------------------------------------------------------------------
+
+_work: list[Any] = []  # what the processes of the pool share by fork
+
+
+def _compile_at(place: int) -> str:
+    from benchmarks.ahead_of_time import compiled
+
+    torch.set_num_threads(1)
+    try:
+        compiled(_work[place])
+    except Exception as error:
+        return f"{_work[place].kernel.__name__}: {type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def compile_ahead(check: Check) -> Record:
+    """Fill Triton's cache with what the timings launch, by processes of their own that never touch the device."""
+    if check.dry:
+        return {"launches": 0}
+    done = python(check, "-m", "benchmarks.gpu_check", "--compile")
+    if done.returncode:
+        raise RuntimeError(done.stdout[-2000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compile_all() -> int:
+    """What `compile_ahead` has done for it: the launches of `SHAPES` on the GPU that is here."""
+    from fastvq.kernels import launch, search
+    from fastvq.kernels.rows import rows_of
+
+    from benchmarks.ahead_of_time import launches_of, operator_calls
+
+    names = subprocess.run(
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    arch = f"sm_{re.sub('[^0-9]', '', names.stdout.splitlines()[0])}" if names.stdout else ""
+    found: dict[Any, None] = {}
+    for n, k, d, dtype in SHAPES if arch in launch.DEVICES else ():
+        x, codebook = (torch.empty(rows, d, dtype=getattr(torch, dtype), device="meta") for rows in (n, k))
+        calls = operator_calls(x, codebook, "euclidean", False)[:1]
+        device, width = launch.DEVICES[arch], search.width_of(d)
+        for tiles in search.choices_for(device, k, width):
+            calls.append(
+                lambda x=x, codebook=codebook, device=device, width=width, tiles=tiles: search.screen(
+                    device, rows_of(x, False), codebook, True, width, tiles, 1.0
+                )
+            )
+        for call in calls:
+            found.update(dict.fromkeys(launches_of(arch, call)))
+    _work.extend(found)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        errors = list(filter(None, pool.map(_compile_at, range(len(_work)), chunksize=1)))
+    print(json.dumps({"launches": len(_work), "errors": errors[:10]}))
+    return 0
 
 
 # ---- written down -------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Record], columns: tuple[str, ...]) -> list[str]:
+    """Records as a Markdown table; what could not be measured says why."""
+    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        lines.append(f"| {' | '.join(str(row.get(name, row.get('why', '-'))) for name in columns)} |")
+    return lines
 
 
 def markdown(report: Record) -> str:
@@ -291,36 +426,47 @@ def markdown(report: Record) -> str:
     lines = [f"# {about['device']}", "", f"{json.dumps(about['versions'])}{', a dry run' if about['dry'] else ''}", ""]
     lines += ["| step | | seconds |", "|---|---|---|"]
     lines += [f"| {name} | {step['status']} | {step.get('seconds', '')} |" for name, step in report["steps"].items()]
-    timed = report["steps"].get("timings", {}).get("result") or []
-    lines += [
-        "",
-        "| N, K, D | dtype | contender | ms | TFLOP/s | of the matrix rate | of the bandwidth |",
-        "|---" * 7 + "|",
-    ]
-    for row in timed:
-        shape = f"{row['N']}, {row['K']}, {row['D']}"
-        cells = [row.get(name, row.get("why", "-")) for name in ("ms", "tflops", "of_matrix_rate", "of_bandwidth")]
-        lines.append(f"| {shape} | {row['dtype']} | {row['contender']} | {' | '.join(map(str, cells))} |")
+    results = {name: step.get("result") for name, step in report["steps"].items()}
+    if results.get("tests"):
+        lines += ["", f"Tests on the device: {results['tests']['summary'].strip('= ')}"]
+    if results.get("limits"):
+        limits = results["limits"]
+        lines += [
+            "",
+            f"Limits measured: copy {limits['copy_gbs']:.0f} GB/s, {limits['matrix_gflops'] / 1e3:.0f} TFLOP/s",
+        ]
+    shape = ("N", "K", "D", "dtype", "contender", "ms")
+    lines += ["", "## Search"]
+    lines += table(results.get("search") or [], (*shape, "tflops", "of_matrix_rate", "of_bandwidth"))
+    lines += ["", "## Training step: forward, backward, EMA update"]
+    lines += table(results.get("training step") or [], ("N", "K", "D", "contender", "ms"))
+    lines += ["", "## Residual quantiser, evaluation"]
+    lines += table(results.get("residual quantiser") or [], ("Q", "N", "K", "D", "contender", "ms"))
+    lines += ["", "## Microseconds of each kernel"]
+    for row in results.get("kernels") or []:
+        parts = ", ".join(f"{name} {took}" for name, took in row["us"].items())
+        lines.append(f"- {row['of']}, {row['N']}, {row['K']}, {row['D']}, {row['dtype']}: {parts}")
+    lines += ["", "## Tiles of the screen (rows, columns, steps, warps, stages), fastest first"]
+    for row in results.get("tiles") or []:
+        best = ", ".join(f"{tiles}: {took} ms" for tiles, took in list(row["ms"].items())[:5])
+        usual = f"usual {' '.join(map(str, row['usual']))}: {row['usual_ms']:.4g} ms" if row["usual_ms"] else "usual: -"
+        lines.append(f"- {row['N']}, {row['K']}, {row['D']}, {row['dtype']}: {usual}; {best}")
     return "\n".join(lines) + "\n"
 
 
 def prepare(dry: bool) -> None:
-    """Make the data families importable, the package where it is not installed, and the interpreter for --dry."""
-    sys.path[:0] = [str(ROOT / "tests")]
+    """Make the package importable whether it is installed or not, and the tests' modules; the interpreter for --dry."""
+    staged = STAGED / "fastvq"
+    staged.mkdir(parents=True, exist_ok=True)
+    for entry in [*(ROOT / "fastvq").iterdir(), ROOT / "kernels"]:
+        if not (staged / entry.name).exists():
+            (staged / entry.name).symlink_to(entry)
+    sys.path[:0] = [str(STAGED), str(ROOT / "tests")]
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"
         import interpreter
 
         interpreter.cure()
-    if importlib.util.find_spec("fastvq") is None or importlib.util.find_spec("fastvq.kernels") is None:
-        staged = ROOT / "build" / "gpu_check" / "fastvq"
-        staged.mkdir(parents=True, exist_ok=True)
-        for entry in [*(ROOT / "fastvq").iterdir(), ROOT / "kernels"]:
-            if not (staged / entry.name).exists():
-                (staged / entry.name).symlink_to(entry)
-        for name in [name for name in sys.modules if name.split(".")[0] == "fastvq"]:
-            del sys.modules[name]
-        sys.path[:0] = [str(staged.parent)]
 
 
 def main() -> int:
@@ -329,21 +475,36 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, in Triton's interpreter")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and Markdown files")
     parser.add_argument("--seconds", type=float, default=540.0, help="no further step or timing begins after that")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps and no others")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compile:
+        return compile_all()
     if not options.dry and not torch.cuda.is_available():
         print("no GPU that torch can use; --dry runs the same on the CPU", file=sys.stderr)
         return 2
     check = Check(options.dry, options.seconds)
-    built = None if options.dry else check.step("build", lambda: build(check))
+    steps: dict[str, Callable[[], Any]] = {
+        "compile ahead": lambda: compile_ahead(check),
+        "limits": lambda: measure_limits(check),
+        "search": lambda: time_search(check, check.steps["limits"]["result"]),
+        "training step": lambda: time_steps(check),
+        "residual quantiser": lambda: time_residual(check),
+        "kernels": lambda: time_kernels(check),
+        "tiles": lambda: time_tiles(check),
+        "tests": lambda: run_tests(check),  # last: they take what time is left
+    }
+    unknown = set(options.only or ()) - {"build", *steps}
+    if unknown:
+        parser.error(f"--only: no step {sorted(unknown)}; there are build, {', '.join(steps)}")
+    if options.only is None or "build" in options.only:
+        check.step("build", lambda: build(check))
     prepare(options.dry)
     about = machine(check)
-    check.step("compare", lambda: compare(check))
-    check.step("host syncs", lambda: no_sync(check))
-    check.step("graph", lambda: graph(check))
-    limits = check.step("limits", lambda: measure_limits(check))
-    if limits:
-        check.step("timings", lambda: timings(check, limits))
-    report = {"machine": about, "built": built, "steps": check.steps}
+    for name, work in steps.items():
+        if options.only is None or name in options.only:
+            check.step(name, work)
+    report = {"machine": about, "steps": check.steps}
     options.out.mkdir(parents=True, exist_ok=True)
     stem = "".join(c if c.isalnum() else "-" for c in f"{'dry' if options.dry else about['device']}").lower()
     (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ docs/certified-search.md derives the bounds.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import autotune
 from .codes import FAR, code_scale, is_finite, norms, pack_codes, power_of_two, reciprocal, rounded
 from .launch import Device, device_of, launch
 from .rows import Rows, row_offsets, rows_of
@@ -655,6 +657,28 @@ def tiles_for(device: Device, K: int, width: int) -> Tiles:
     return tiles._replace(stages=1)
 
 
+def choices_for(device: Device, K: int, width: int) -> list[Tiles]:
+    """What `FASTVQ_AUTOTUNE=1` times: the heuristics' tiles, and their neighbours that fit the shared memory."""
+    usual = tiles_for(device, K, width)
+    found = [usual]
+    cuts = (
+        (64, 32, 4),
+        (64, 64, 4),
+        (64, 128, 4),
+        (128, 32, 4),
+        (128, 64, 4),
+        (128, 64, 8),
+        (128, 128, 8),
+        (256, 64, 8),
+    )
+    for rows, columns, warps in cuts:
+        for steps, stages in itertools.product((2, 4), (2, 3, 4)):
+            tiles = Tiles(rows, columns, steps, warps, stages)
+            if tiles != usual and shared_memory(device, tiles, width) <= device.shared_memory:
+                found.append(tiles)
+    return found
+
+
 def splits_for(device: Device, blocks: int, segments: int) -> int:
     """Into how many parts the codes are split, so that few rows still fill the device."""
     return max(1, min(segments // 2, device.multiprocessors // blocks, 64))
@@ -687,6 +711,14 @@ def search(
     where = (rows.tensor, rows.inner, *rows.strides)
     width = width_of(D)
     tiles = tiles_for(device, K, width)
+    if autotune.wanted():
+        # N decides how many programs there are; past 2^17 rows that no longer matters.
+        kind, size = "rows as they are" if operand_type(x, codebook)[1] else "rounded rows", min(N, 1 << 17)
+        what = f"screen, N to {triton.next_power_of_2(size)}, K to {triton.next_power_of_2(K)}, D to {width}, {kind}"
+        choices = choices_for(device, K, width)
+        tiles = autotune.fastest(
+            device, what, choices, lambda tiles: screen(device, rows, codebook, euclidean, width, tiles, slack)
+        )
     group = 2 * tiles.steps
     listed, queued, queue = screen(device, rows, codebook, euclidean, width, tiles, slack)
     launch(

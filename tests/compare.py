@@ -13,7 +13,8 @@ SIZES = (1, 2, 7, 64, 1000, 8192)
 
 
 def assert_same_indices(found, expected, what=""):
-    """Every index equal, and int64 of the right shape."""
+    """Every index equal, and int64 of the right shape; wherever they lie."""
+    found = found.cpu()
     assert found.dtype == torch.int64, f"{what}: indices are {found.dtype}"
     assert found.shape == expected.shape, f"{what}: indices have shape {found.shape}, not {expected.shape}"
     wrong = (found != expected).nonzero()
@@ -26,7 +27,8 @@ def assert_same_indices(found, expected, what=""):
 
 
 def assert_same_bits(found, expected, what=""):
-    """Every value equal, NaN to NaN and zero to zero of the same sign; dtype and shape too."""
+    """Every value equal, NaN to NaN and zero to zero of the same sign; dtype and shape too, wherever they lie."""
+    found, expected = found.cpu(), expected.cpu()
     assert found.dtype == expected.dtype, f"{what}: {found.dtype}, not {expected.dtype}"
     assert found.shape == expected.shape, f"{what}: shape {found.shape}, not {expected.shape}"
     same = (found == expected) & (found.signbit() == expected.signbit()) | found.isnan() & expected.isnan()
@@ -41,6 +43,7 @@ def assert_same_bits(found, expected, what=""):
 def assert_no_less_exact(found, plain, truth, slack=4.0, what=""):
     """`found` is as near to float64 `truth` as the plain torch formulation `plain` is, give or take a few roundings."""
     assert found.shape == truth.shape, f"{what}: shape {found.shape}, not {truth.shape}"
+    found = found.cpu()
     step = torch.finfo(found.dtype).eps * truth.abs().max().clamp(min=torch.finfo(found.dtype).tiny)
     allowed = (plain.double() - truth).abs().max() + slack * step
     error = (found.double() - truth).abs().max()

@@ -101,7 +101,8 @@ def _cure_bfloat16():
         return refuse
 
     for name in ("create_fp_to_fp", "create_atomic_rmw", "create_atomic_cas", "create_dot_scaled"):
-        setattr(InterpreterBuilder, name, unsupported(name))
+        if hasattr(InterpreterBuilder, name):  # the last one only since Triton 3.7
+            setattr(InterpreterBuilder, name, unsupported(name))
     interpreter._get_np_dtype = get_np_dtype
     TensorHandle.__post_init__ = normalise
     InterpreterBuilder.create_masked_load = create_masked_load

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_same_bits
 from fastvq.kernels import ema_update as kernels
-from guard import GuardedAllocations, guarded
+from guard import GuardedAllocations, guarded, on_device
 
 from fastvq.backends import reference, triton
 
@@ -52,7 +52,7 @@ def test_numbers_arrive_in_float64(decay, eps):
 
 
 def test_a_decay_that_float32_cannot_hold():
-    tensors = state(9, 4, torch.float64)
+    tensors = on_device(*state(9, 4, torch.float64))
     size, count = tensors[1].clone(), tensors[3]
     triton.ema_update_(*tensors, 0.99, 1e-5)
     assert_same_bits(tensors[1], 0.99 * size + (1 - 0.99) * count)
@@ -75,6 +75,7 @@ def test_codes_without_rows_stay_finite_and_a_dead_codebook_is_the_references():
     check([t.clone() for t in tensors])
     tensors[3][2] = 2
     check(tensors)
+    tensors = on_device(*tensors)
     triton.ema_update_(*tensors, 0.99, 1e-5)
     assert tensors[0].isfinite().all()
     assert (tensors[1] < 0.01).tolist() == [True, True, False, True, True, True], "what a caller marks dead codes by"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import make
 from fastvq.kernels import search as kernels
-from guard import GuardedAllocations
+from guard import GuardedAllocations, on_device
 
 from fastvq.backends import reference
 
@@ -78,8 +78,8 @@ def wrong_rows(module, x, codebook):
     """How many indices are not the reference's; what is never written is poison."""
     wanted, _ = reference.search(x, codebook, "euclidean", False, "exact")
     with GuardedAllocations():
-        found, _ = module.search(x, codebook, "euclidean", False)
-    return int((found != wanted).sum())
+        found, _ = module.search(*on_device(x, codebook), "euclidean", False)
+    return int((found.cpu() != wanted).sum())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,9 +5,9 @@ import torch
 from compare import assert_same_bits, assert_same_indices
 from families import DTYPES, FAMILIES, make
 from fastvq.kernels import search as kernels
-from fastvq.kernels.launch import DEVICES, INTERPRETER
+from fastvq.kernels.launch import DEVICES, device_of
 from fastvq.kernels.rows import rows_of
-from guard import GuardedAllocations, guarded
+from guard import GuardedAllocations, guarded, on_device
 
 from fastvq.backends import reference, triton
 
@@ -26,10 +26,11 @@ def check(x, codebook, metric="euclidean", what="", guard="end"):
 
 def listed(x, codebook, metric="euclidean"):
     """What the screen leaves: (splits, LISTED, N) groups of one head."""
+    x, codebook = on_device(x, codebook)
     rows = rows_of(x, False)
     width = kernels.width_of(rows.dim)
-    tiles = kernels.tiles_for(INTERPRETER, len(codebook), width)
-    return kernels.screen(INTERPRETER, rows, codebook, metric == "euclidean", width, tiles, 1.0)[0][0]
+    tiles = kernels.tiles_for(device_of(x), len(codebook), width)
+    return kernels.screen(device_of(x), rows, codebook, metric == "euclidean", width, tiles, 1.0)[0][0].cpu()
 
 
 def whole_rows(groups):
@@ -131,7 +132,7 @@ def test_rows_with_too_many_groups_are_queued():
 
 def test_a_second_code_hidden_in_the_same_column_is_seen():
     """Two codes of one column of the tile, in different segments: only the runner-up tells of the second."""
-    tiles = kernels.tiles_for(INTERPRETER, 1024, 16)
+    tiles = kernels.tiles_for(device_of(*on_device(torch.empty(0))), 1024, 16)
     segment = tiles.columns * tiles.steps
     x, codebook = make("gaussian", 8, 8 * segment, 16)
     codebook[:] += 10 * torch.randn(16)

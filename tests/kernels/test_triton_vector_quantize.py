@@ -6,7 +6,7 @@ from compare import assert_same_bits
 from families import DTYPES, make
 from fastvq.kernels import code_sums, pointwise
 from fastvq.kernels import vector_quantize as kernels
-from guard import GuardedAllocations, guarded
+from guard import GuardedAllocations, guarded, on_device
 
 from fastvq.backends import reference, triton
 
@@ -40,7 +40,7 @@ def check(x, codebook, mask=None, guard="end", weights=(0.25, 0.7), needs=(True,
         mine, my_loss = kernels.gather(x, codebook, indices, sum(weights), mask)
         found = triton.vector_quantize_backward(upstream, guarded(grad_loss), x, codebook, indices, mask, *rest)
     assert_same_bits(mine, quantized, "quantized")
-    torch.testing.assert_close(my_loss, loss, rtol=2 * torch.finfo(loss.dtype).eps, atol=0, equal_nan=True)
+    torch.testing.assert_close(my_loss.cpu(), loss, rtol=2 * torch.finfo(loss.dtype).eps, atol=0, equal_nan=True)
     for gradient, right, name in zip(found, wanted, ("x", "codebook"), strict=True):
         assert_same_bits(gradient, right, f"gradient of {name}")
 
@@ -101,13 +101,14 @@ def test_the_whole_operator(metric):
         found = triton.vector_quantize(guarded(x), guarded(codebook), metric, 0.25, 0.7, guarded(mask))
     assert_same_bits(found[0], wanted[0])
     assert found[1].tolist() == wanted[1].tolist()
-    torch.testing.assert_close(found[2], wanted[2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-6, atol=0)
 
 
 def test_an_upstream_gradient_that_is_one_number_everywhere():
     x, codebook, indices = torch.randn(7, 3), torch.randn(2, 3), torch.randint(2, (7,))
     arguments = torch.ones(()).expand(7, 3), torch.tensor(1.0), x, codebook, indices, None, 0.5, 1.0, True, False
-    assert_same_bits(triton.vector_quantize_backward(*arguments)[0], reference.vector_quantize_backward(*arguments)[0])
+    found = triton.vector_quantize_backward(*on_device(*arguments[:6]), *arguments[6:])
+    assert_same_bits(found[0], reference.vector_quantize_backward(*arguments)[0])
 
 
 def test_an_image_is_read_where_it_lies(monkeypatch):
@@ -115,8 +116,9 @@ def test_an_image_is_read_where_it_lies(monkeypatch):
     x = torch.randn(2, 16, 8, 8).permute(0, 2, 3, 1)
     codebook, indices = torch.randn(4, 16), torch.randint(4, (2, 8, 8))
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: self if self.is_contiguous() else pytest.fail("copy"))
+    x, codebook, indices, one = on_device(x, codebook, indices, torch.tensor(1.0))
     kernels.gather(x, codebook, indices, 1.0, None)
-    triton.vector_quantize_backward(x, torch.tensor(1.0), x, codebook, indices, None, 1.0, 1.0, True, False)
+    triton.vector_quantize_backward(x, one, x, codebook, indices, None, 1.0, 1.0, True, False)
 
 
 def test_a_program_takes_several_blocks(monkeypatch):
@@ -131,5 +133,5 @@ def test_a_codebook_gradient_by_chunks(monkeypatch):
     x, codebook = torch.randint(-9, 9, (2, 70, 3)).float(), torch.randint(-9, 9, (2, 2, 3)).float()
     for indices in (torch.zeros(2, 70, dtype=torch.int64), (torch.rand(2, 70) < 0.3).long()):
         arguments = torch.zeros_like(x), torch.tensor(105.0), x, codebook, indices, None, 0.5, 2.0, False, True
-        found, wanted = triton.vector_quantize_backward(*arguments), reference.vector_quantize_backward(*arguments)
-        assert_same_bits(found[1], wanted[1])
+        found = triton.vector_quantize_backward(*on_device(*arguments[:6]), *arguments[6:])
+        assert_same_bits(found[1], reference.vector_quantize_backward(*arguments)[1])
