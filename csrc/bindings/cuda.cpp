@@ -83,6 +83,7 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
     const int count = fastvq::device_count(&error);
     return py::make_tuple(count, error ? py::object(py::str(error)) : py::none());
   });
+  m.def("set_device", [](int index) { run("set_device", [&] { fastvq::set_device(index); }); });
   m.def("loss_parts", &fastvq::loss_parts);
   m.def("ema_parts", &fastvq::ema_parts);
 

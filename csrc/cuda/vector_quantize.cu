@@ -245,13 +245,6 @@ dim3 grid_of(std::int64_t N, int D, std::int64_t heads) {
 
 }  // namespace
 
-int device_count(const char** error) {
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  return status == cudaSuccess ? count : 0;
-}
-
 std::int64_t loss_parts(std::int64_t N, int D) {
   return ceil_div(N, rows_of_block(N, D));
 }

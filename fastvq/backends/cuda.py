@@ -50,6 +50,7 @@ def _call(function: Callable[..., None], t: Tensor, *arguments: Any) -> None:
         function(*arguments, 0)
         return
     with torch.cuda.device_of(t):
+        _kernels.set_device(t.device.index)  # the extension's runtime is not torch's, and has a current device too
         function(*arguments, _stream(t))
 
 

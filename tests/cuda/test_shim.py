@@ -1,7 +1,11 @@
 """The shim that stands in for a GPU: it lets right kernels pass, whatever the order, and catches every seeded fault."""
 
 import pytest
+import torch
+from compare import assert_same_bits
 from shimmed import run
+
+from fastvq.backends import cuda
 
 # The fault: what is said of it, in a plain build and in one with sanitizers. "wrong result" is the program's own word.
 CAUGHT = {
@@ -41,3 +45,27 @@ def test_a_seeded_fault_is_caught_and_the_kernel_without_it_passes(faults, name)
             wrong = run(faults[variant], name, 1, seed)
             caught.append(wrong.returncode != 0 and words in wrong.stdout + wrong.stderr)
         assert any(caught), f"{variant}: {wrong.stdout}{wrong.stderr}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_narrow_number_is_widened_exactly(kernels, dtype):
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).unsqueeze(1)
+    _, sums = cuda.code_sums(every, torch.arange(1 << 16), 1 << 16, None, False)
+    finite = every.isfinite()
+    assert_same_bits(sums[finite] + 0.0, every.float()[finite] + 0.0)  # a sum begins with +0
+    assert_same_bits(sums[~finite], every.float()[~finite])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_are_narrowed_to_nearest_even(kernels, dtype):
+    """Every narrow number, the middles between neighbours, and what lies beside these."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    bits = every[every.isfinite()].view(torch.int32)
+    half = 1 << (12 if dtype == torch.float16 else 15)
+    values = torch.cat([bits + offset for offset in (-half - 1, -half, -half + 1, -1, 0, 1, half - 1, half, half + 1)])
+    codes = torch.cat(
+        [values.view(torch.float32), torch.tensor([65519.99, 65520.0, 3.4e38, torch.inf, torch.nan, 1e-45])]
+    )
+    x = torch.zeros(len(codes), 1, dtype=dtype)
+    quantized, _ = cuda.gather(x, codes.unsqueeze(1), torch.arange(len(codes)), 1.0, None)
+    assert_same_bits(quantized.squeeze(1), codes.to(dtype))

@@ -142,6 +142,9 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
