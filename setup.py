@@ -184,7 +184,7 @@ class NinjaBuild(build_ext):
             self.warn(f"{ext.name} is left out: {error}")
 
 
-PACKAGES = ["backends", "cli", "compat", "data", "measure", "models", "nn", "training"]
+PACKAGES = ["backends", "cli", "compat", "data", "interop", "measure", "models", "nn", "training"]
 
 if __name__ == "__main__":
     setup(

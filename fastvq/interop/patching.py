@@ -1,7 +1,7 @@
 """`patch` and `unpatch`: a quantiser that is known gets a subclass of its class that searches with fastvq.
 
-Only the class of the object changes: parameters, buffers, hooks, dtype, device and every reference to it stay. A class
-is known by where it is defined, by its name and by a digest of its code; where one of these differs it is left alone.
+The object stays, and with it every reference to it, its parameters, buffers and hooks. A class is known by where it is
+defined, by its name and by a digest of its code; where one of these differs it is left alone.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import copyreg
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 from typing import Any, cast
@@ -22,13 +22,11 @@ from fastvq.interop.fingerprint import digest
 
 # The package that a class is defined in -> its distribution; `fastvq.interop.PACKAGE` knows its classes.
 LIBRARIES = {
+    "diffusers": "diffusers",
     "transformers": "transformers",
+    "vector_quantize_pytorch": "vector-quantize-pytorch",
 }
 _LIKE_A_QUANTISER = re.compile("quanti[sz]|codebook", re.IGNORECASE)
-
-
-def _always(module: nn.Module) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Client:
     fast: type[FastModule]  # what overrides the client's methods
     digests: tuple[str, ...]  # of the code of the class and of those in `uses`, in the versions that are known
     uses: tuple[str, ...] = ()  # classes of the same module on whose code the override relies
-    refuse: Callable[[nn.Module], str | None] = field(default=_always)  # why this object must stay as it is
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,8 +57,19 @@ def by_path(clients: Iterable[Client]) -> dict[str, Client]:
 class FastModule(nn.Module):
     """What all replaced modules have in common; the first line of a subclass's docstring is what the report says."""
 
+    whole = False  # whether parts of a module that must stay as it is must stay as they are too
     client_class: type[nn.Module]
     used_classes: tuple[type, ...]  # those of `Client.uses`
+
+    @classmethod
+    def take_over(cls, module: nn.Module) -> str | None:
+        """Turn a module of `client_class` into one of this class; or leave it, and say why."""
+        cast(Any, module).__class__ = cls
+        return None
+
+    def give_back(self) -> None:
+        """Undo `take_over`."""
+        cast(Any, self).__class__ = self.client_class
 
     def _get_name(self) -> str:
         return f"{self.client_class.__name__}[fastvq]"
@@ -187,12 +195,21 @@ def patch(model: nn.Module) -> PatchReport:
         TypeError: `model` is no torch.nn.Module.
     """
     _check(model)
-    modules, candidates = [], []
-    for name, module in model.named_modules():
+    modules: list[PatchedModule] = []
+    candidates, wholes = list(modules), list(modules)
+    for name, module in list(model.named_modules()):
         cls = type(module)
+        whole = next((w for w in wholes if _within(name, w.name)), None)
+        if whole is not None and known(cls) is not None:
+            why = f"part of {whole.name or 'the model'}, which is left alone"
+            modules.append(PatchedModule(name, _class_name(cls), False, why))
+            continue
         outcome = _patch_one(module)
         if outcome is not None:
             modules.append(PatchedModule(name, _class_name(cls), *outcome))
+            client = known(cls)
+            if client is not None and client.fast.whole and not outcome[0]:
+                wholes.append(modules[-1])
         elif _LIKE_A_QUANTISER.search(cls.__name__) and not cls.__module__.startswith("fastvq."):
             candidates.append(PatchedModule(name, _class_name(cls), False, "not known to fastvq"))
     names = [m.name for m in modules]
@@ -214,9 +231,9 @@ def unpatch(model: nn.Module) -> PatchReport:
     """
     _check(model)
     modules = []
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, FastModule):
-            cast(Any, module).__class__ = module.client_class
+            module.give_back()
             modules.append(PatchedModule(name, _class_name(type(module)), True, "its own class"))
     return PatchReport(tuple(modules), "restored")
 
@@ -245,11 +262,8 @@ def _patch_one(module: nn.Module) -> tuple[bool, str] | None:
     if client is None:
         base = next((b for b in cls.__mro__[1:] if known(b) is not None), None)
         return None if base is None else (False, f"a subclass of {base.__name__}, which may do other things")
-    why = differs(client) or client.refuse(module)
-    if why is not None:
-        return False, why
-    module.__class__ = fast_class(cls)
-    return True, _summary(type(module))
+    why = differs(client) or fast_class(cls).take_over(module)
+    return (False, why) if why is not None else (True, _summary(type(module)))
 
 
 def _summary(cls: type) -> str:
