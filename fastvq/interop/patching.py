@@ -22,7 +22,10 @@ from fastvq.interop.fingerprint import digest
 
 # The package that a class is defined in -> its distribution; `fastvq.interop.PACKAGE` knows its classes.
 LIBRARIES = {
+    "dac": "descript-audio-codec",
     "diffusers": "diffusers",
+    "moshi": "moshi",
+    "snac": "snac",
     "transformers": "transformers",
     "vector_quantize_pytorch": "vector-quantize-pytorch",
 }
