@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.backends import select
+from fastvq.backends import plain, select
 from fastvq.backends.reference import working_dtype
 
 METRICS = ("euclidean", "cosine", "dot")
@@ -181,7 +181,10 @@ def _declare(schema: str, check: Any, fake: Any) -> None:
     def run(*args: Any) -> Any:
         *arguments, backend = args
         check(*arguments)
-        return getattr(select.backend_for(backend, arguments[0].device, (name, arguments)), name)(*arguments)
+        anyone: Any = getattr(plain, name, None)
+        serving = select.backend_for(backend, arguments[0].device, None if anyone else (name, arguments))
+        serve: Any = getattr(serving, name, anyone)
+        return serve(*arguments)
 
     def trace(*args: Any) -> Any:
         *arguments, backend = args
@@ -245,7 +248,7 @@ _declare(
 
 
 def _check_nothing(*arguments: Any) -> None:
-    """The backward operators are called by autograd alone, with what the forward one has checked."""
+    """Operators that autograd or a layer calls, with what a forward one has checked and given."""
 
 
 def _gradients_fake(x: Tensor, codebook: Tensor, need_x: bool, need_codebook: bool) -> tuple[Tensor, Tensor]:
@@ -388,4 +391,20 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "fastvq::residual_quantize_backward", _refuse_second_derivative, setup_context=_no_setup, lib=_lib
+)
+
+# what a layer of several stages learns from, and its rotated gradients ------------------------------------------------
+
+_declare(
+    "residual_code_sums(Tensor x, Tensor codebooks, Tensor indices, str? backend) -> (Tensor, Tensor)",
+    _check_nothing,
+    lambda x, codebooks, indices: (
+        x.new_empty(codebooks.shape[:-1], dtype=working_dtype(x, codebooks)),
+        x.new_empty(codebooks.shape, dtype=working_dtype(x, codebooks)),
+    ),
+)
+_declare(
+    "rotate_back(Tensor gradient, Tensor x, Tensor codes, Tensor? indices, str? backend) -> Tensor",
+    _check_nothing,
+    lambda gradient, x, codes, indices: x.new_empty(x.shape),
 )

@@ -141,4 +141,20 @@ PYBIND11_MODULE(_cpu, m) {
                                                pointer<void>(grad_codebooks), threads);
           });
         });
+
+  m.def("rotate_back", [](const py::tuple& gradient, const py::tuple& x, const py::tuple& codes, Address indices,
+                          Address out, int threads) {
+    const fastvq::Tensor gradients = tensor(gradient), rows = tensor(x), books = tensor(codes);
+    run([&] {
+      fastvq::rotate_back(gradients, rows, books, pointer<std::int64_t>(indices), pointer<void>(out), threads);
+    });
+  });
+
+  m.def("residual_code_sums", [](const py::tuple& x, const py::tuple& codebooks, Address indices,
+                                 const py::tuple& counts, Address sums, int threads) {
+    const fastvq::Tensor rows = tensor(x), codes = tensor(codebooks), out = tensor(counts);
+    run([&] {
+      fastvq::residual_code_sums(rows, codes, pointer<std::int64_t>(indices), out, pointer<void>(sums), threads);
+    });
+  });
 }

@@ -63,6 +63,43 @@ class FloatRows {
   const float* rows_[kMaxLanes];
 };
 
+// A row as D numbers in float or double: where it lies, if it does so, else in `copy`.
+template <class Working>
+const Working* working_row(const Rows& x, std::int64_t n, Working* copy) {
+  constexpr DType kDType = std::is_same_v<Working, double> ? DType::kFloat64 : DType::kFloat32;
+  if (x.dtype == kDType && x.step == 1) return x.row<Working>(n);
+  dispatch(x.dtype, [&](auto* type) {
+    const auto* row = x.row<std::remove_pointer_t<decltype(type)>>(n);
+    for (std::int64_t d = 0; d < x.width; ++d) copy[d] = static_cast<Working>(widen(row[d * x.step]));
+  });
+  return copy;
+}
+
+// Blocks of rows of any dtype, each as D numbers in float or double.
+template <class Working>
+class WorkingRows {
+ public:
+  WorkingRows(const RowKernel& kernel, const Rows& x)
+      : x_(x),
+        as_floats_(std::is_same_v<Working, float> && x.dtype == DType::kFloat32),
+        floats_(kernel, x),
+        copy_(aligned_buffer<Working>(as_floats_ ? 0 : x.width * kernel.lanes)) {}
+
+  const Working* const* load(std::int64_t first, int count) {
+    if constexpr (std::is_same_v<Working, float>)
+      if (as_floats_) return floats_.load(first, count);
+    for (int l = 0; l < count; ++l) rows_[l] = working_row(x_, first + l, copy_.get() + l * x_.width);
+    return rows_;
+  }
+
+ private:
+  const Rows& x_;
+  const bool as_floats_;
+  FloatRows floats_;
+  AlignedBuffer<Working> copy_;
+  const Working* rows_[kMaxLanes];
+};
+
 // The scratch of one thread: a block of rows [D][lanes] in X (float or double), and what the kernel needs.
 template <class X>
 class BlockSearch {

@@ -48,4 +48,13 @@ void residual_quantize_backward(const Tensor& grad_quantized, const double* grad
                                 const Tensor& codebooks, bool heads, const std::int64_t* indices, void* grad_x,
                                 void* grad_codebooks, int threads);
 
+// out (..., D), in the dtype of x: the sum over the stages of the gradient (..., D), turned from each stage's code back
+// to its residual; codebooks (Q, K, D) with indices (..., Q), or, with null indices, the code (..., D) of each row.
+void rotate_back(const Tensor& gradient, const Tensor& x, const Tensor& codes, const std::int64_t* indices, void* out,
+                 int threads);
+
+// counts (Q, K) and sums (Q, K, D), both of the dtype of `counts`: of the residuals of each stage, finite ones alone.
+void residual_code_sums(const Tensor& x, const Tensor& codebooks, const std::int64_t* indices, const Tensor& counts,
+                        void* sums, int threads);
+
 }  // namespace fastvq

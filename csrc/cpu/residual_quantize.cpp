@@ -111,58 +111,86 @@ void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Met
 
 namespace {
 
-// The residuals are made again, stage by stage, in `residual` (N, D): their storage is O(N D), whatever Q.
-template <class Working>
-void backward_head(const Rows& gradients, const double* scales, const Rows& x, const Tensor& codebooks,
-                   const std::int64_t* indices, void* grad_x, char* grad_codebooks, int threads) {
-  const std::int64_t stage_count = codebooks.sizes[0], width = x.width, rows = x.count;
-  std::vector<Working> residual(rows * width);
-  std::vector<double> gradient(grad_x ? rows * width : 0);
-  std::vector<std::int64_t> stage_indices(rows);
-  const auto for_each_row = [&](const auto& body) {
-    parallel(row_tasks(rows), threads, [&](Tasks& tasks) {
-      for (std::int64_t task; tasks.next(&task);) for_each_block(task, rows, 1, [&](std::int64_t n, int) { body(n); });
-    });
-  };
-  dispatch(x.dtype, [&](auto* type) {
-    using X = std::remove_pointer_t<decltype(type)>;
-    for_each_row([&](std::int64_t n) {
-      const X* row = x.row<X>(n);
-      const X* incoming = gradients.row<X>(n);
-      for (std::int64_t d = 0; d < width; ++d) residual[n * width + d] = static_cast<Working>(widen(row[d * x.step]));
-      if (!grad_x) return;
-      for (std::int64_t d = 0; d < width; ++d) gradient[n * width + d] = widen(incoming[d * gradients.step]);
-    });
-  });
-  const Rows residual_rows = dense_rows(residual.data(), rows, width);
-  for (std::int64_t q = 0; q < stage_count; ++q) {
-    const Rows codes = codebooks.select(0, q).rows();
-    for (std::int64_t n = 0; n < rows; ++n) stage_indices[n] = indices[n * stage_count + q];
-    dispatch(codes.dtype, [&](auto* type) {
-      using Code = std::remove_pointer_t<decltype(type)>;
-      if (grad_codebooks) {
-        Code* out = reinterpret_cast<Code*>(grad_codebooks) + q * codes.count * width;
-        sum_differences(residual_rows, codes, stage_indices.data(), nullptr, -scales[q], out, threads);
-      }
-      for_each_row([&](std::int64_t n) {
-        const Code* code = codes.row<Code>(stage_indices[n]);
-        for (std::int64_t d = 0; d < width; ++d) {
-          const double c = widen(code[d * codes.step]);
-          Working& r = residual[n * width + d];
-          if (grad_x && scales[q] != 0) gradient[n * width + d] += scales[q] * (static_cast<double>(r) - c);
-          r -= static_cast<Working>(c);
+std::vector<Rows> stage_codes(const Tensor& codebooks) {
+  std::vector<Rows> stages;
+  for (std::int64_t q = 0; q < codebooks.sizes[0]; ++q) stages.push_back(codebooks.select(0, q).rows());
+  return stages;
+}
+
+const StageLoops<float>& stage_loops(float) {
+  return row_kernel().stage;
+}
+const StageLoops<double>& stage_loops(double) {
+  return row_kernel().stage_double;
+}
+
+// Gradients to the rows of x, made row by row: visit(q, gradient, residual, code, total) adds what stage q passes on to
+// `total`, in float64, and leaves the next residual. Without indices row n has the code n of the one stage. `out` has
+// the dtype of x.
+template <class Working, class Visit>
+void through_stages(const Rows& x, const Rows& gradients, const std::vector<Rows>& stages, const std::int64_t* indices,
+                    void* out, int threads, const Visit& visit) {
+  const RowKernel& kernel = row_kernel();
+  const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
+  parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+    WorkingRows<Working> rows(kernel, x), row_gradients(kernel, gradients);
+    std::vector<Working> residual(width), code_copy(width);
+    std::vector<double> total(width);
+    for (std::int64_t task; tasks.next(&task);) {
+      for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
+        const Working* const* row = rows.load(first, count);
+        const Working* const* gradient = row_gradients.load(first, count);
+        for (int l = 0; l < count; ++l) {
+          const std::int64_t n = first + l;
+          std::copy(row[l], row[l] + width, residual.begin());
+          std::fill(total.begin(), total.end(), 0.0);
+          for (std::int64_t q = 0; q < stage_count; ++q) {
+            const std::int64_t index = indices ? indices[n * stage_count + q] : n;
+            const Working* code = working_row(stages[q], index, code_copy.data());
+            visit(q, gradient[l], residual.data(), code, total.data());
+          }
+          dispatch(x.dtype, [&](auto* type) {
+            using X = std::remove_pointer_t<decltype(type)>;
+            X* target = static_cast<X*>(out) + n * width;
+            for (std::int64_t d = 0; d < width; ++d) target[d] = narrow<X>(total[d]);
+          });
         }
       });
-    });
-  }
-  if (!grad_x) return;
-  dispatch(x.dtype, [&](auto* type) {
-    using X = std::remove_pointer_t<decltype(type)>;
-    X* out = static_cast<X*>(grad_x);
-    for_each_row([&](std::int64_t n) {
-      for (std::int64_t i = n * width; i < (n + 1) * width; ++i) out[i] = narrow<X>(gradient[i]);
-    });
+    }
   });
+}
+
+// Calls visit(q, residuals, indices) for each stage, with what it quantises, (N, D) in Working, and its indices, (N).
+template <class Working, class Visit>
+void for_each_stage(const Rows& x, const std::vector<Rows>& stages, const std::int64_t* indices, int threads,
+                    const Visit& visit) {
+  const RowKernel& kernel = row_kernel();
+  const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
+  std::vector<Working> residuals(x.count * width);
+  std::vector<std::int64_t> stage_indices(x.count);
+  for (std::int64_t q = 0; q < stage_count; ++q) {
+    parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+      WorkingRows<Working> rows(kernel, x);
+      std::vector<Working> code_copy(width);
+      for (std::int64_t task; tasks.next(&task);) {
+        for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
+          const Working* const* row = q == 0 ? rows.load(first, count) : nullptr;
+          for (int l = 0; l < count; ++l) {
+            const std::int64_t n = first + l;
+            Working* residual = residuals.data() + n * width;
+            if (q == 0) {
+              std::copy(row[l], row[l] + width, residual);
+            } else {
+              const Working* code = working_row(stages[q - 1], stage_indices[n], code_copy.data());
+              for (std::int64_t d = 0; d < width; ++d) residual[d] -= code[d];
+            }
+            stage_indices[n] = indices[n * stage_count + q];
+          }
+        });
+      }
+    });
+    visit(q, dense_rows(residuals.data(), x.count, width), stage_indices.data());
+  }
 }
 
 }  // namespace
@@ -179,20 +207,80 @@ void residual_quantize_backward(const Tensor& grad_quantized, const double* grad
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     const Rows gradients = (heads ? grad_quantized.select(0, h) : grad_quantized).rows();
-    const Tensor head_codebooks = heads ? codebooks.select(0, h) : codebooks;
-    const std::int64_t codes = head_codebooks.sizes[1];
-    char* head_grad_x =
-        grad_x ? static_cast<char*>(grad_x) + h * rows.count * rows.width * element_bytes(x.dtype) : nullptr;
-    char* head_grad_codebooks =
-        grad_codebooks
-            ? static_cast<char*>(grad_codebooks) + h * stage_count * codes * rows.width * element_bytes(codebooks.dtype)
-            : nullptr;
+    const std::vector<Rows> stages = stage_codes(heads ? codebooks.select(0, h) : codebooks);
+    const std::int64_t first = h * rows.count, codes = stages[0].count, width = rows.width;
     dispatch_working(works_in_double(x, codebooks), [&](auto* type) {
-      backward_head<std::remove_pointer_t<decltype(type)>>(gradients, scales.data(), rows, head_codebooks,
-                                                           indices + h * rows.count * stage_count, head_grad_x,
-                                                           head_grad_codebooks, threads);
+      using Working = std::remove_pointer_t<decltype(type)>;
+      const StageLoops<Working>& loops = stage_loops(Working{});
+      if (grad_x) {
+        char* out = static_cast<char*>(grad_x) + first * width * element_bytes(x.dtype);
+        through_stages<Working>(
+            rows, gradients, stages, indices + first * stage_count, out, threads,
+            [&](std::int64_t q, const Working* gradient, Working* residual, const Working* code, double* total) {
+              if (q == 0)
+                for (std::int64_t d = 0; d < width; ++d) total[d] = static_cast<double>(gradient[d]);
+              loops.pull(residual, code, scales[q], width, total);
+            });
+      }
+      if (!grad_codebooks) return;
+      for_each_stage<Working>(
+          rows, stages, indices + first * stage_count, threads,
+          [&](std::int64_t q, const Rows& residuals, const std::int64_t* stage_indices) {
+            dispatch(codebooks.dtype, [&](auto* code_type) {
+              using Code = std::remove_pointer_t<decltype(code_type)>;
+              Code* out = static_cast<Code*>(grad_codebooks) + (h * stage_count + q) * codes * width;
+              sum_differences(residuals, stages[q], stage_indices, nullptr, -scales[q], out, threads);
+            });
+          });
     });
   }
+}
+
+void rotate_back(const Tensor& gradient, const Tensor& x, const Tensor& codes, const std::int64_t* indices, void* out,
+                 int threads) {
+  const std::vector<Rows> stages = indices ? stage_codes(codes) : std::vector<Rows>{codes.rows()};
+  const std::int64_t width = x.sizes[x.dims - 1];
+  const int worth = worth_threads(8 * x.rows().count * width * static_cast<std::int64_t>(stages.size()), threads);
+  dispatch_working(works_in_double(x, codes), [&](auto* type) {
+    using Working = std::remove_pointer_t<decltype(type)>;
+    const StageLoops<Working>& loops = stage_loops(Working{});
+    through_stages<Working>(x.rows(), gradient.rows(), stages, indices, out, worth,
+                            [&](std::int64_t, const Working* g, Working* residual, const Working* code, double* total) {
+                              loops.turn(g, residual, code, width, total);
+                            });
+  });
+}
+
+void residual_code_sums(const Tensor& x, const Tensor& codebooks, const std::int64_t* indices, const Tensor& counts,
+                        void* sums, int threads) {
+  const Rows rows = x.rows();
+  const std::int64_t codes = codebooks.sizes[1];
+  dispatch_working(works_in_double(x, codebooks), [&](auto* type) {
+    using Working = std::remove_pointer_t<decltype(type)>;
+    std::vector<std::uint8_t> finite(rows.count);
+    for_each_stage<Working>(rows, stage_codes(codebooks), indices, threads,
+                            [&](std::int64_t q, const Rows& residuals, const std::int64_t* stage_indices) {
+                              parallel(row_tasks(rows.count), threads, [&](Tasks& tasks) {
+                                for (std::int64_t task; tasks.next(&task);) {
+                                  for_each_block(task, rows.count, 1, [&](std::int64_t n, int) {
+                                    const Working* row = residuals.row<Working>(n);
+                                    int bad = 0;
+                                    for (std::int64_t d = 0; d < rows.width; ++d) bad |= row[d] - row[d] != 0;
+                                    finite[n] = bad == 0;
+                                  });
+                                }
+                              });
+                              Tensor stage;
+                              stage.data = residuals.data;
+                              stage.dtype = residuals.dtype;
+                              stage.dims = 2;
+                              stage.sizes[0] = residuals.count;
+                              stage.sizes[1] = stage.strides[0] = residuals.width;
+                              stage.strides[1] = 1;
+                              code_sums(stage, false, stage_indices, finite.data(), counts.select(0, q),
+                                        static_cast<Working*>(sums) + q * codes * rows.width, threads);
+                            });
+  });
 }
 
 }  // namespace fastvq

@@ -73,6 +73,13 @@ struct CodeExtremes {
   double bias_error, bias_high, bias_low;
 };
 
+// Loops over a residual of D numbers and its code, which leave the next residual behind.
+template <class T>
+struct StageLoops {
+  void (*pull)(T* residual, const T* code, double scale, std::int64_t width, double* total);
+  void (*turn)(const T* gradient, T* residual, const T* code, std::int64_t width, double* total);
+};
+
 struct RowKernel {
   const char* name;
   int lanes;  // rows in a block
@@ -101,10 +108,12 @@ struct RowKernel {
   float (*scan)(const float* codes, std::int64_t stride, std::int64_t count, std::int64_t width, const float* row,
                 float* distances);
 
-  // Loops of the layer over float32 rows of D floats each, in float64; see layer_impl.h.
+  // Loops of the layer over rows of D floats each, in float64; see layer_impl.h.
   double (*squared_distance)(const float* row, const float* code, std::int64_t width);
   void (*pull)(const float* gradient, const float* row, const float* code, double pull, std::int64_t width, float* out);
   void (*add_row)(const float* row, std::int64_t width, double* total);
+  StageLoops<float> stage;
+  StageLoops<double> stage_double;
 };
 
 // The kernel in use: the best this machine has, or the one that FASTVQ_CPU_ISA names.

@@ -575,6 +575,8 @@ const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              scan,
                                              squared_distance,
                                              pull_rows,
-                                             add_row};
+                                             add_row,
+                                             {pull_stage<float>, turn_stage<float>},
+                                             {pull_stage<double>, turn_stage<double>}};
 
 }  // namespace fastvq

@@ -216,3 +216,24 @@ def residual_quantize_backward(
         torch.get_num_threads(),
     )
     return grad_x, grad_codebooks
+
+
+def residual_code_sums(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (Q, K) and sums (Q, K, D) of the residuals of each stage; rows that are not finite are left out."""
+    x, codebooks, indices = _readable(x), _readable(codebooks), indices.contiguous()
+    counts = torch.empty(codebooks.shape[:-1], dtype=working_dtype(x, codebooks))
+    sums = torch.empty(codebooks.shape, dtype=counts.dtype)
+    _kernels.residual_code_sums(
+        _pass(x), _pass(codebooks), indices.data_ptr(), _pass(counts), sums.data_ptr(), torch.get_num_threads()
+    )
+    return counts, sums
+
+
+def rotate_back(gradient: Tensor, x: Tensor, codes: Tensor, indices: Tensor | None) -> Tensor:
+    """The gradient (..., D) turned from the codes back to the rows, summed over the stages, in the dtype of x."""
+    gradient, x, codes, indices = _readable(gradient), _readable(x), _readable(codes), _dense(indices)
+    turned = torch.empty(x.shape, dtype=x.dtype)
+    _kernels.rotate_back(
+        _pass(gradient), _pass(x), _pass(codes), _address(indices), turned.data_ptr(), torch.get_num_threads()
+    )
+    return turned

@@ -119,15 +119,19 @@ class Codebook(nn.Module):
 
     # ---- the codes ----------------------------------------------------------------------------------------------
 
-    def codes(self, *, changing: bool) -> Tensor:
-        """The codes of this forward, (H, K, D); apart from `embed` when the step will write that before backward."""
+    def codes(self, *, changing: bool, copied: bool = False) -> Tensor:
+        """The codes of this forward, (H, K, D).
+
+        Apart from `embed` when the step will write that before backward, unless the caller copies them.
+        """
         noted = self.training and (changing or not self.learnable_codebook)
         if noted and recomputing():
             kept: Tensor = self._recording.again()
             return straight_through(self.as_used(self.embed), kept) if self.learnable_codebook else kept
-        codes = self.as_used(self.embed.clone() if changing else self.embed)
+        apart = changing and not copied
+        codes = self.as_used(self.embed.clone() if apart else self.embed)
         if noted:
-            self._recording.note(codes.detach if changing else codes.detach().clone)
+            self._recording.note(codes.detach if apart else codes.detach().clone)
         return codes
 
     def once(self, learn: Callable[[], T], device: torch.device) -> T | None:
@@ -230,6 +234,18 @@ class Codebook(nn.Module):
             self.counts.copy_(counts)
             return
         counts, sums = code_sums(rows, indices, self.codebook_size, mask=kept, per_head=True)
+        if self._follow(counts, sums, weight, accumulate=accumulate, ema_update=ema_update):
+            self.expire_codes_(rows, mask)
+
+    @torch.no_grad()
+    def update_from(self, counts: Tensor, sums: Tensor) -> None:
+        """`update` for an EMA codebook without replacement of dead codes, from the counts (H, K) and sums (H, K, D)."""
+        self._follow(counts, sums, None, accumulate=False, ema_update=None)
+
+    def _follow(
+        self, counts: Tensor, sums: Tensor, weight: EmaWeight | None, *, accumulate: bool, ema_update: bool | None
+    ) -> bool:
+        """Move the averages, and the codes with them; False when the sums only wait for the next step."""
         counts, sums = all_reduce_(counts, shared=self.shared), all_reduce_(sums, shared=self.shared)
         self.counts.copy_(counts)
         counts, sums = self.of_codes(counts, sums)
@@ -237,12 +253,12 @@ class Codebook(nn.Module):
             weight = weight(sums, counts)
         if accumulate:
             self._accumulate(counts, sums)
-            return
+            return False
         if self._waiting:
             counts, sums = self._accumulated(counts, sums)
         follows = (self.ema_update if ema_update is None else ema_update) and not self.manual_ema_update
         self._move_averages(counts, sums, weight, follows)
-        self.expire_codes_(rows, mask)
+        return True
 
     def of_codes(self, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Counts and sums of rows, as those of the rows in the frame of `embed`."""

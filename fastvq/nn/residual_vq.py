@@ -376,7 +376,7 @@ class ResidualVQ(ResidualStages):
         stages = self._stages_of(call)
         learns = self.training and not call.frozen
         books = self._books[:stages]
-        codes = torch.cat([book.codes(changing=learns and book.writes(None)) for book in books])
+        codes = torch.cat([book.codes(changing=learns and book.writes(None), copied=True) for book in books])
         codes = codes.detach() if call.frozen else codes
         taught = codes if self.training and first.learnable_codebook else codes.detach()
         quantized, indices, losses = functional.residual_quantize(rows if self.training else rows.detach(), taught)
@@ -400,9 +400,14 @@ class ResidualVQ(ResidualStages):
 
     def _learn(self, residual: Tensor, codes: Tensor, indices: Tensor, books: list[Codebook]) -> None:
         """Every stage's codebook learns from what it has quantised: tokens (B, N, D) to indices (B, N, q)."""
-        for book, stage_codes, index in zip(books, codes, indices.unbind(-1), strict=True):
-            book.update(residual.unsqueeze(0), index.unsqueeze(0), None)
-            residual = residual - stage_codes[index]
+        if books[0].writes(None) and not books[0].has_dead_code_replacement:
+            all_counts, all_sums = torch.ops.fastvq.residual_code_sums(residual, codes, indices, None)
+            for book, counts, sums in zip(books, all_counts.split(1), all_sums.split(1), strict=True):
+                book.update_from(counts, sums)
+        else:  # nothing to learn but the counts, or dead codes to replace by residuals
+            for book, stage_codes, index in zip(books, codes, indices.unbind(-1), strict=True):
+                book.update(residual.unsqueeze(0), index.unsqueeze(0), None)
+                residual = residual - stage_codes[index]
         if self.shared_codebook:
             self._finish_shared([], None)
 

@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-EPS = 1e-6  # the smallest norm divided by, that of vector-quantize-pytorch
-_PIECE = 1 << 18  # elements of a tensor that are turned at once on the CPU
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, of one shape (..., D), cut alike into rows that stay in cache, where they lie."""
-    shape = tensors[0].shape[:-1]
-    if tensors[0].numel() <= _PIECE or max(shape, default=1) == 1:
-        yield tensors
-        return
-    for parts in zip(*(t.tensor_split(2, shape.index(max(shape))) for t in tensors), strict=True):
-        yield from _pieces(*parts)
-
-
-def _turn(x: Tensor, q: Tensor, g: Tensor) -> Tensor:
-    """R' g for rows x and their codes q; see `rotate_gradient`."""
-    x_norm = x.norm(dim=-1, keepdim=True).clamp(min=EPS)
-    q_norm = q.norm(dim=-1, keepdim=True)
-    scale = q_norm / x_norm
-    q_norm = q_norm.clamp(min=EPS)
-    # w = h / |h|: three vectors, each times one number a row. h by itself, since it vanishes as x turns from q.
-    h = (x / x_norm).add_(q / q_norm)
-    along_h = _dot(h, g) / h.norm(dim=-1, keepdim=True).clamp(min=EPS).square()
-    turned = (g * scale).addcmul_(h, -2 * scale * along_h)
-    return turned.addcmul_(x, 2 * scale * _dot(q, g) / (q_norm * x_norm))
 
 
 class _RotateGradient(torch.autograd.Function):
@@ -53,13 +22,7 @@ class _RotateGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         x, quantized = ctx.saved_tensors
-        work = torch.promote_types(x.dtype, torch.float32)
-        if torch.compiler.is_compiling() or grad.device.type != "cpu":
-            return None, _turn(x.to(work), quantized.to(work), grad.to(work)).to(grad.dtype)
-        turned = torch.empty_like(quantized)
-        for x_part, q_part, g_part, out in _pieces(x, quantized, grad, turned):
-            out.copy_(_turn(x_part.to(work), q_part.to(work), g_part.to(work)))
-        return None, turned
+        return None, torch.ops.fastvq.rotate_back(grad, x, quantized, None, None)
 
 
 def rotate_gradient(x: Tensor, quantized: Tensor) -> Tensor:
@@ -81,15 +44,6 @@ def rotate_gradient(x: Tensor, quantized: Tensor) -> Tensor:
     return rotated
 
 
-def _turn_through_stages(x: Tensor, g: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
-    total, residual = torch.zeros_like(g), x
-    for codes, index in zip(codebooks, indices.unbind(-1), strict=True):
-        q = codes[index]
-        total += _turn(residual, q, g)
-        residual = residual - q
-    return total
-
-
 class _RotateResidualGradient(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, quantized: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
@@ -104,12 +58,7 @@ class _RotateResidualGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, indices, codebooks = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])
-        whole = torch.compiler.is_compiling() or grad.device.type != "cpu"
-        pieces = 1 if whole else -(-grad.numel() // _PIECE) or 1
-        parts = zip(*(t.tensor_split(pieces) for t in rows), strict=True)
-        turned = [_turn_through_stages(part, g, index, codebooks) for part, g, index in parts]
-        return torch.cat(turned).view(x.shape), None, None, None
+        return torch.ops.fastvq.rotate_back(grad, x, codebooks, indices, None), None, None, None
 
 
 def rotate_residual_gradient(x: Tensor, quantized: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
@@ -128,6 +77,5 @@ def rotate_residual_gradient(x: Tensor, quantized: Tensor, indices: Tensor, code
     Returns:
         (..., D), exactly `quantized`.
     """
-    codes = codebooks.detach().to(x.dtype)
-    rotated: Tensor = _RotateResidualGradient.apply(x, quantized.detach(), indices, codes)
+    rotated: Tensor = _RotateResidualGradient.apply(x, quantized.detach(), indices, codebooks.detach())
     return rotated

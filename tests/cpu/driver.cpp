@@ -145,6 +145,14 @@ void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
   std::vector<float> grad_codebooks(2 * k * d);
   residual_quantize_backward(flat(ones.data(), {n, d}), grad_losses, x.tensor(), flat(both.data(), {2, k, d}), false,
                              stage_indices.data(), grad_x.data(), grad_codebooks.data(), threads);
+  rotate_back(flat(ones.data(), {n, d}), x.tensor(), flat(both.data(), {2, k, d}), stage_indices.data(), grad_x.data(),
+              threads);
+  rotate_back(flat(ones.data(), {n, d}), x.tensor(), flat(quantized.data(), {n, d}), nullptr, grad_x.data(), threads);
+  std::vector<float> stage_counts(2 * k), stage_sums(2 * k * d);
+  residual_code_sums(x.tensor(), flat(both.data(), {2, k, d}), stage_indices.data(), flat(stage_counts.data(), {2, k}),
+                     stage_sums.data(), threads);
+  for (float count : stage_counts)
+    if (count < 0 || count > static_cast<float>(n)) return fail(what + ": counts of the stages");
   for (std::int64_t i = 0; i < n; ++i)
     if (stage_indices[2 * i] != indices[i]) return fail(what + ": first stage");
 }

@@ -8,7 +8,8 @@ from naive import rotate
 from torch import Tensor
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from fastvq.nn import rotation
+import fastvq
+from fastvq.backends import plain
 from fastvq.nn.rotation import rotate_gradient
 
 SHAPES = [(1, 1), (5, 1), (3, 17, 2), (31, 7), (2, 3, 5, 64), (1, 301)]
@@ -36,15 +37,6 @@ def triple(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
 def test_gradient(shape: tuple[int, ...], reference) -> None:
     x, q, g = triple(shape)
     torch.testing.assert_close(gradient(ours, x, q, g), gradient(reference, x, q, g), rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("shape", [(401, 7), (3, 59, 5), (2, 3, 1, 41), (1, 301), (700, 1)], ids=str)
-def test_in_pieces(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    x, q, g = triple(shape)
-    wanted = gradient(ours, x, q, g)
-    monkeypatch.setattr(rotation, "_PIECE", 100)
-    torch.testing.assert_close(gradient(ours, x, q, g), wanted, rtol=1e-12, atol=1e-14)
-    assert all(t[0].numel() <= 100 or t[0].shape[:-1].numel() == 1 for t in rotation._pieces(x))
 
 
 def test_rows_are_turned_where_they_lie() -> None:
@@ -104,3 +96,48 @@ def test_nothing_is_materialised_beyond_the_rows() -> None:
     with Watch():
         gradient(ours, x, q, g)
     assert max(sizes) == x.numel()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(252, 7), (3, 41, 64), (1, 1, 1), (0, 5)], ids=str)
+def test_every_backend_turns_through_the_stages_alike(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against the formula of each stage in float64: kernels for one width of vector, and plain PyTorch."""
+    x, _, g = triple(shape, dtype)
+    books = torch.randn(3, 9, shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    _, indices, _ = fastvq.residual_quantize(x, books)
+    work = torch.promote_types(dtype, torch.float32)
+    wanted, residual = torch.zeros(shape, dtype=torch.float64), x.to(work)
+    for book, index in zip(books, indices.unbind(-1), strict=True):
+        wanted += gradient(rotate, residual.double(), book[index].double(), g.double())
+        residual = residual - book[index].to(work)
+    eps = torch.finfo(dtype).eps
+    for turned in (
+        torch.ops.fastvq.rotate_back(g, x, books, indices, None),
+        torch.ops.fastvq.rotate_back(g.mT.contiguous().mT, x.mT.contiguous().mT, books, indices, None),
+        plain.rotate_back(g, x, books, indices),
+    ):
+        assert turned.dtype == dtype
+        torch.testing.assert_close(turned.double(), wanted, rtol=64 * eps, atol=64 * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(252, 7), (3, 41, 64), (1, 1, 1), (0, 5)], ids=str)
+def test_sums_of_the_stages(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Those of `code_sums` on the residuals, bit for bit; a NaN row is in none."""
+    x, *_ = triple(shape, dtype)
+    if x.numel() > 1:
+        x[..., 0, 0] = torch.nan
+    books = torch.randn(3, 9, shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    _, indices, _ = fastvq.residual_quantize(x, books)
+    residual = x.to(torch.promote_types(dtype, torch.float32))
+    for way in (x, x.mT.contiguous().mT):
+        counts, sums = torch.ops.fastvq.residual_code_sums(way, books, indices, None)
+        for mine, theirs in zip((counts, sums), plain.residual_code_sums(x, books, indices), strict=True):
+            assert torch.equal(mine, theirs)
+    kept = residual.isfinite().all(-1)
+    first = fastvq.code_sums(residual, indices[..., 0], 9, mask=kept)
+    assert torch.equal(counts[0], first[0])
+    assert torch.equal(sums[0], first[1])

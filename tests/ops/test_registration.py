@@ -68,6 +68,15 @@ def test_opcheck(backend, name, heads):
     opcheck(operator(name), arguments)
 
 
+def test_opcheck_of_what_layers_of_several_stages_call(backend):
+    x, _, _ = data()
+    codebooks = data(stages=3)[1]
+    indices = torch.randint(7, (*x.shape[:-1], 3))
+    opcheck(ops.residual_code_sums.default, (x, codebooks, indices, backend))
+    for codes, of_stages in ((codebooks, indices), (torch.randn_like(x), None)):
+        opcheck(ops.rotate_back.default, (torch.randn_like(x), x, codes, of_stages, backend))
+
+
 @HEADS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
