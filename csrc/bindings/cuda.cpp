@@ -11,8 +11,10 @@
 #include <string>
 
 #include "../cuda/operators.h"
+#include "../cuda/search.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -53,6 +55,11 @@ fastvq::ByCode by_code(const py::tuple& t) {
           t[8].cast<Index>()};
 }
 
+// (architecture such as 90, multiprocessors, bytes of shared memory that a block may ask for).
+fastvq::Device device(const py::tuple& t) {
+  return {t[0].cast<int>(), t[1].cast<int>(), t[2].cast<int>()};
+}
+
 fastvq::Float type(int number) {
   return static_cast<fastvq::Float>(number);
 }
@@ -87,14 +94,29 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
   m.def("loss_parts", &fastvq::loss_parts);
   m.def("ema_parts", &fastvq::ema_parts);
 
-  m.def("search_whole", [](const py::tuple& x, const py::tuple& codes, Index heads, int D, bool euclidean,
-                           Address indices, Address distances, int out_type, Address stream) {
-    const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
-    run("search", [&] {
-      fastvq::search_whole(x_rows, code_rows, heads, D, euclidean, pointer<Index>(indices), pointer<void>(distances),
-                           type(out_type), stream);
-    });
+  m.def("plan_search", [](const py::tuple& on, int x, int codes, Index heads, Index N, Index K, int D) {
+    constexpr const char* kOperands[] = {"stored", "rounded", "split"};
+    constexpr const char* kSources[] = {"resident", "streamed", "chunked", "none"};
+    const fastvq::SearchPlan plan = fastvq::plan_search(device(on), type(x), type(codes), heads, N, K, D);
+    return py::dict("operand"_a = kOperands[static_cast<int>(plan.operand)],
+                    "source"_a = kSources[static_cast<int>(plan.source)], "width"_a = plan.width, "rows"_a = plan.rows,
+                    "group"_a = plan.tiles.group, "tile"_a = plan.tiles.tile, "stages"_a = plan.tiles.stages,
+                    "shared_memory"_a = plan.shared_memory, "splits"_a = plan.splits, "share"_a = plan.share,
+                    "tiles"_a = plan.tile_count, "bits"_a = plan.bits, "scratch_bytes"_a = plan.scratch_bytes);
   });
+
+  m.def("search",
+        [](const py::tuple& on, const py::tuple& x, Address codebook, int code_type, Index heads, Index K, int D,
+           bool euclidean, float slack, Address scratch, Address indices, Address distances, Address stream) {
+          const fastvq::Device of = device(on);
+          const fastvq::SearchProblem problem = {rows(x),         heads,     K,    D, pointer<void>(codebook),
+                                                 type(code_type), euclidean, slack};
+          run("search", [&] {
+            const auto plan = fastvq::plan_search(of, problem.x.type, problem.code_type, heads, problem.x.count, K, D);
+            fastvq::search(problem, plan, of, pointer<void>(scratch), pointer<Index>(indices), pointer<void>(distances),
+                           stream);
+          });
+        });
 
   m.def("gather",
         [](const py::tuple& x, const py::tuple& codes, Address indices, Address mask, Address kept, double weight,

@@ -24,10 +24,6 @@ int device_count(const char** error);
 // Makes a device the current one of this thread.
 void set_device(int index);
 
-// The canonical codes, every one scored in float64; distances (H, N) or nullptr.
-void search_whole(const Rows& x, const Rows& codes, std::int64_t heads, int D, bool euclidean, std::int64_t* indices,
-                  void* distances, Float type, std::uintptr_t stream);
-
 // How many float64 partial sums a head's loss takes.
 std::int64_t loss_parts(std::int64_t N, int D);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,7 +37,19 @@ def extension() -> Any:
     return _kernels
 
 
-# ---- arguments ----------------------------------------------------------------------------------------------------
+# ---- devices and arguments ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _properties(index: int) -> tuple[int, int, int]:
+    properties: Any = torch.cuda.get_device_properties(index)
+    arch = 10 * properties.major + properties.minor
+    return arch, properties.multi_processor_count, int(properties.shared_memory_per_block_optin)
+
+
+def _device(t: Tensor) -> tuple[int, int, int]:
+    """Architecture, multiprocessors and shared memory of a block; the tests' CPU build plays an H100."""
+    return _properties(t.device.index) if t.is_cuda else (90, 132, 232_448)
 
 
 def _stream(t: Tensor) -> int:
@@ -97,16 +110,41 @@ def _empty(shape: Any, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
     """Indices (...), and squared distances or scores (...) when asked for, else an empty tensor."""
-    rows, codes = rows_of(x, codebook.dim() == 3), _codes(codebook, x)
+    return certified_search(x, codebook, metric, return_distance)
+
+
+def certified_search(
+    x: Tensor, codebook: Tensor, metric: str, return_distance: bool, slack: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`search`; `slack` multiplies the bound of the certificate: below 1 is for the tests that show it to be needed."""
+    rows, codes = rows_of(x, codebook.dim() == 3), _codes(codebook, x).contiguous()
+    device = _device(x)
+    shape = (rows.heads, *codes.shape[1:])
+    plan = plan_search(device, x.dtype, codes.dtype, rows.heads, rows.length, *codes.shape[1:])
+    scratch = _empty(plan["scratch_bytes"], torch.uint8, x)
     indices = _empty(x.shape[:-1], torch.int64, x)
     distances = _empty(x.shape[:-1] if return_distance else (0,), working_dtype(x, codebook), x)
     _call(
-        _kernels.search_whole,
+        _kernels.search,
         x,
-        *[_pass(rows), _pass(_code_rows(codes)), rows.heads, rows.dim, metric == "euclidean", _address(indices)],
-        *[_address(distances) if return_distance else 0, _type(distances)],
+        *[device, _pass(rows), _address(codes), _type(codes), *shape, metric == "euclidean", slack],
+        *[_address(scratch), _address(indices), _address(distances) if return_distance else 0],
     )
     return indices, distances
+
+
+def plan_search(
+    device: tuple[int, int, int], x: torch.dtype, codes: torch.dtype, heads: int, n: int, k: int, d: int
+) -> dict[str, Any]:
+    """How a search is cut, a pure function.
+
+    Args:
+        device: architecture (80, 90), multiprocessors, and bytes of shared memory that a block may ask for.
+        x: dtype of the rows, (heads, n, d).
+        codes: dtype of the codes, (heads, k, d), as `_codes` gives them.
+    """
+    plan: dict[str, Any] = _kernels.plan_search(device, _TYPES[x], _TYPES[codes], heads, n, k, d)
+    return plan
 
 
 # ---- vector_quantize ----------------------------------------------------------------------------------------------

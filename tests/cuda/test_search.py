@@ -1,0 +1,264 @@
+"""The CUDA search on the CPU: the canonical index for every row, every tensor between forbidden pages."""
+
+import pytest
+import torch
+from compare import assert_same_bits, assert_same_indices
+from families import DTYPES, FAMILIES, make
+from guard import GuardedAllocations, guarded
+
+from fastvq.backends import cuda, reference
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+METRICS = ("euclidean", "dot")
+# Architecture, multiprocessors, shared memory: with one multiprocessor few rows are enough for whole blocks.
+H100 = (90, 132, 232_448)
+LONELY = (90, 1, 232_448)
+DEVICES = [(80, 108, 166_912), (86, 84, 101_376), (89, 128, 101_376), H100, (100, 148, 232_448), (120, 188, 101_376)]
+
+
+def check(x, codebook, metric="euclidean", what="", guard="end"):
+    """Indices and distances equal the reference's, with every tensor next to a forbidden page."""
+    wanted, right = reference.search(x, codebook, metric, True, "exact")
+    x, codebook = guarded(x, guard), guarded(codebook, guard)
+    with GuardedAllocations(guard):
+        found, distances = cuda.search(x, codebook, metric, True, "exact")
+        bare, _ = cuda.search(x, codebook, metric, False, "exact")
+    assert_same_indices(found, wanted, what)
+    assert_same_bits(distances, right, what)
+    assert_same_indices(bare, wanted, what)
+
+
+@pytest.fixture(params=[H100, LONELY], ids=["many", "one"])
+def device(request, monkeypatch):
+    """Many multiprocessors, so that the codes are split, or one, so that they are not and may stay in shared memory."""
+    monkeypatch.setattr(cuda, "_device", lambda _: request.param)
+    return request.param
+
+
+def plan_of(x, codebook, device=H100):
+    """How a search of one head is cut."""
+    return cuda.plan_search(device, x.dtype, cuda._codes(codebook, x).dtype, 1, len(x), *codebook.shape)
+
+
+def queued(x, codebook, monkeypatch, metric="euclidean"):
+    """How many rows of one head the screen leaves to be scored whole."""
+    kept = []
+    empty = cuda._empty
+
+    def keep(shape, dtype, like):
+        tensor = empty(shape, dtype, like)
+        if dtype == torch.uint8:
+            kept.append(tensor)
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_empty", keep)
+        cuda.search(x, codebook, metric, False, "exact")
+    return kept[0][12:16].view(torch.int32).item()  # CodebookFigures::queued
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, dtype, device):
+    check(*make(family, 35, 203, 7, dtype), guard="start")
+    check(*make(family, 9, 129, 40, dtype, seed=1), "dot" if device == LONELY else "euclidean")
+
+
+@pytest.mark.parametrize("d", [8, 40, 300])
+def test_orders_of_warps(d, device, seed):
+    check(*make("near_tied", 70, 300, d, seed=seed), METRICS[seed % 2])
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        *[(d, "float32") for d in (1, 2, 3, 4, 5, 8, 9, 10, 16, 17, 31, 64, 127, 252, 256, 300)],
+        *[(d, "bfloat16") for d in (1, 33, 200, 300)],
+        *[(d, "float64") for d in (5, 64, 257)],
+        *[(1023, dtype) for dtype in ("float32", "float16")],
+    ],
+)
+def test_dimensions(d, dtype, device):
+    check(*make("gaussian", 9 if d > 256 else 33, 65, d, dtype, d), METRICS[d % 2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 64, 65, 127, 128, 1000, 4099])
+def test_codebook_sizes(k, device):
+    check(*make("gaussian", 33, k, 8, seed=k))
+    check(*make("gaussian", 5, k, 24, seed=k))
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 300, 600])
+def test_row_counts(n, device):
+    check(*make("gaussian", n, 100, 12, seed=n))
+    check(*make("power_law", n, 260, 20, "bfloat16", seed=n), "dot")
+
+
+def test_large_codebook_in_many_splits():
+    x, codebook = make("gaussian", 3, 20_001, 16)
+    x[2] = codebook[20_000]
+    assert plan_of(x, codebook)["splits"] > 8
+    check(x, codebook)
+
+
+def test_layouts(device):
+    image, codebook = make("gaussian", 2 * 3 * 4, 50, 12)
+    image = image.reshape(2, 3, 4, 12)
+    for x in (
+        image,
+        image.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),  # channels first in memory
+        image.transpose(0, 2),
+        image[:, ::2, 1:],
+        image[0, 0, 0].expand(3, 4, 12),
+        image[0, 0, 0],
+        torch.cat([image, image], -1)[..., ::2],
+        image.flip(1),
+        torch._neg_view(image),
+    ):
+        check(x, codebook)
+        check(torch.cat([x, x], -1), torch.cat([codebook, codebook], -1))
+    check(x, codebook.t().contiguous().t())
+    check(x, torch.cat([codebook, codebook])[::2])
+
+
+def test_rows_off_every_boundary(device):
+    for dtype in ("float32", "float16"):
+        x, codebook = make("gaussian", 20, 70, 32, dtype)
+        flat, codes = (torch.cat([t.new_zeros(1), t.reshape(-1)]) for t in (x, codebook))
+        check(flat[1:].view(20, 32), codes[1:].view(70, 32))
+
+
+def test_heads(device):
+    x, codebook = make("near_tied", 40, 70, 9, heads=3)
+    check(x, codebook)
+    check(x.reshape(3, 5, 8, 9).transpose(1, 2), codebook, "dot")
+    check(x.transpose(0, 1).contiguous().transpose(0, 1), codebook)
+    check(*make("gaussian", 20, 33, 300, "float16", heads=2))
+    check(*make("gaussian", 20, 33, 12, "float64", heads=2))
+
+
+# ---- each way through the kernels, forced by data -----------------------------------------------------------------
+
+
+def test_hardly_a_row_is_scored_whole(monkeypatch):
+    for family in ("gaussian", "offset", "power_law", "fresh", "normalised"):
+        for dtype, d in (("float32", 64), ("bfloat16", 64), ("float32", 8)):
+            x, codebook = make(family, 200, 1024, d, dtype)
+            if dtype == "bfloat16":
+                codebook = codebook.unique(dim=0)  # equal codes are ties in earnest
+            assert queued(x, codebook, monkeypatch) <= 2, (family, dtype, d)
+
+
+@pytest.mark.parametrize("d", [8, 24, 300])
+def test_rows_with_several_groups(d, device, monkeypatch):
+    """Codes that are equal but for 1e-7 lie in groups far apart: more than one survives, the contract decides."""
+    x, codebook = make("gaussian", 64, 512, d)
+    codebook[256:] = codebook[:256].roll(5, 0) * (1 + 1e-7 * torch.randn(256, d))
+    check(x, codebook)
+    assert queued(x, codebook, monkeypatch) < 4
+
+
+@pytest.mark.parametrize("d", [8, 24, 300])
+def test_rows_with_too_many_groups_are_queued(d, device, monkeypatch):
+    x, codebook = make("gaussian", 64, 512, d)
+    codebook[::4] = codebook[0]
+    x[::2] = codebook[0] + 1e-4 * torch.randn(32, d)
+    check(x, codebook)
+    if device == LONELY:  # a small share of the codes has few groups a lane
+        assert queued(x, codebook, monkeypatch) == 32
+
+
+def test_three_codes_of_one_lane_are_seen(device):
+    """Only the third smallest group of a lane tells of a fourth."""
+    x, codebook = make("gaussian", 8, 1024, 24)
+    codebook += 10 * torch.randn(24)
+    for k in (70, 134, 326, 518):  # lane 0 of the quad, four segments
+        codebook[k] = x[0]
+    for metric in METRICS:
+        check(x, codebook, metric)
+
+
+def test_all_codes_equal_and_everything_infinite(device, monkeypatch):
+    x, codebook = make("all_equal", 20, 600, 20)
+    check(x, codebook)
+    if device == LONELY:
+        assert queued(x, codebook, monkeypatch) == 20
+    for d in (6, 20):
+        check(torch.full((5, d), torch.inf), torch.randn(9, d))
+        check(torch.full((5, d), torch.nan), torch.randn(9, d))
+        check(torch.randn(5, d), torch.full((9, d), torch.nan))
+        check(1e200 * torch.randn(5, d, dtype=torch.float64), 1e200 * torch.randn(9, d, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [4, 24])
+def test_lengths_whose_squares_underflow(d, dtype, metric, device):
+    """A norm that underflows to zero must not make the bound zero: rows or codes of 1e-25 beside others of 100."""
+    for small in (1e-20, 1e-25, 1e-30):
+        x, codebook = make("gaussian", 64, 200, d, dtype)
+        codebook[1::2] = codebook[::2] * (1 + 0.01 * torch.randn(100, 1)).to(codebook.dtype)
+        check(x * small, codebook * 100, metric)
+        check(x * 100, codebook * small, metric)
+
+
+# ---- how a search is cut ------------------------------------------------------------------------------------------
+
+
+def test_every_plan_fits_its_device(kernels):
+    seen = set()
+    for device in DEVICES:
+        for n in (1, 100, 10_000, 10**7, 2**33):
+            for k in (1, 64, 1024, 65_536, 1 << 20):
+                for d in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1023, 4096):
+                    for x, codes in ((torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)):
+                        plan = cuda.plan_search(device, x, codes, 1, n, k, d)
+                        what = (device, n, k, d, x, plan)
+                        assert plan["shared_memory"] <= device[2], what
+                        assert plan["width"] >= (3 * d + 3 if plan["operand"] == "split" else d), what
+                        assert plan["tiles"] * plan["tile"] >= k > (plan["tiles"] - 1) * plan["tile"], what
+                        assert (plan["splits"] - 1) * plan["share"] < plan["tiles"] <= plan["splits"] * plan["share"]
+                        segments = plan["share"] * plan["tile"] // (4 * plan["group"])
+                        assert segments <= 1 << plan["bits"], what
+                        assert plan["bits"] <= 15, what
+                        blocks = -(-n // plan["rows"])
+                        assert plan["splits"] * blocks <= max(blocks, device[1]), what
+                        seen.add((plan["operand"], plan["source"], plan["width"] if d <= 256 else 0))
+    assert seen == {
+        *[("split", source, width) for source in ("resident", "streamed") for width in (16, 32, 64)],
+        *[(operand, "resident", width) for operand in ("rounded", "stored") for width in (32, 64)],
+        *[(operand, "streamed", width) for operand in ("rounded", "stored") for width in (32, 64, 128, 256)],
+        *[(operand, "chunked", 0) for operand in ("rounded", "stored")],
+    }
+
+
+def test_what_the_screen_cannot_take_is_scored_whole(kernels):
+    assert cuda.plan_search(H100, torch.float64, torch.float64, 1, 100, 64, 8)["source"] == "none"
+    assert cuda.plan_search(H100, torch.float32, torch.float32, 1, 100, 64, 1 << 17)["source"] == "none"
+
+
+def test_a_small_codebook_stays_in_shared_memory(kernels):
+    many = {"heads": 1, "n": 10**6, "k": 1024}
+    assert cuda.plan_search(H100, torch.float32, torch.float32, d=8, **many)["source"] == "resident"
+    assert cuda.plan_search(H100, torch.bfloat16, torch.bfloat16, d=64, **many)["source"] == "resident"
+    assert cuda.plan_search(DEVICES[1], torch.bfloat16, torch.bfloat16, d=64, **many)["source"] == "streamed"
+
+
+# ---- the certificate is needed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d", "offset"), [(8, 1e-4), (24, 3e-3), (300, 3e-3)])
+def test_a_smaller_bound_gives_wrong_indices(d, offset, device):
+    """Rows between two codes of different groups, nearer to one by less than the screen can tell."""
+    generator = torch.Generator().manual_seed(3)
+    codebook = torch.randn(256, d, generator=generator)
+    partner = torch.randperm(256, generator=generator)
+    x = (codebook + codebook[partner]) / 2 + offset * 1e-2 * torch.randn(256, d, generator=generator)
+    wanted, _ = reference.search(x, codebook, "euclidean", False, "exact")
+    wrong = {}
+    for slack in (0.0, 0.25, 1.0):
+        found, _ = cuda.certified_search(x, codebook, "euclidean", False, slack)
+        wrong[slack] = int((found != wanted).sum())
+    assert wrong[0.0] > 0
+    assert wrong[1.0] == 0
