@@ -93,6 +93,7 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
   m.def("set_device", [](int index) { run("set_device", [&] { fastvq::set_device(index); }); });
   m.def("loss_parts", &fastvq::loss_parts);
   m.def("ema_parts", &fastvq::ema_parts);
+  m.def("small_sums_parts", &fastvq::small_sums_parts);
 
   m.def("plan_search", [](const py::tuple& on, int x, int codes, Index heads, Index N, Index K, int D) {
     constexpr const char* kOperands[] = {"stored", "rounded", "split"};
@@ -137,6 +138,15 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
       fastvq::pull(gradient_rows, x_rows, code_rows, pointer<Index>(indices), pointer<std::uint8_t>(mask),
                    pointer<Index>(kept), pointer<void>(grad_loss), type(loss_type), weight, heads, D,
                    pointer<void>(grad_x), stream);
+    });
+  });
+
+  m.def("small_sums", [](const py::tuple& x, Address indices, Address mask, Index heads, Index K, int D, bool checked,
+                         Address counts, Address sums, int out_type, Address parts, Address stream) {
+    const fastvq::Rows x_rows = rows(x);
+    run("code_sums", [&] {
+      fastvq::small_sums(x_rows, pointer<Index>(indices), pointer<std::uint8_t>(mask), heads, K, D, checked,
+                         pointer<void>(counts), pointer<void>(sums), type(out_type), pointer<double>(parts), stream);
     });
   });
 

@@ -38,6 +38,15 @@ void pull(const Rows& gradient, const Rows& x, const Rows& codes, const std::int
           const std::int64_t* kept, const void* grad_loss, Float loss_type, double weight, std::int64_t heads, int D,
           void* grad_x, std::uintptr_t stream);
 
+// Of how many blocks' sums a head's are made where all fit shared memory; 0 where they do not.
+std::int64_t small_sums_parts(std::int64_t N, std::int64_t K, int D, int element_bytes);
+
+// counts (H, K) and sums (H, K, D) where they do. `parts` holds H * small_sums_parts * K * (D + 1) float64; it is not
+// touched if that is one block. With `checked` an index past the codebook traps.
+void small_sums(const Rows& x, const std::int64_t* indices, const std::uint8_t* mask, std::int64_t heads,
+                std::int64_t K, int D, bool checked, void* counts, void* sums, Float type, double* parts,
+                std::uintptr_t stream);
+
 // ---- sums by code: csrc/cuda/code_sums.cu explains chunks, levels and slots
 // --------------------------------------------
 

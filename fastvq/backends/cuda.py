@@ -301,26 +301,43 @@ def code_sums(
 ) -> tuple[Tensor, Tensor]:
     """Counts ([H,] K) and sums ([H,] K, D): float64 sums in row order, rounded once.
 
-    An index at or past `codebook_size` ends the kernel and is never written through. N is limited to 2^31 - 1 a head by
-    torch.sort.
+    Many rows are added in runs, in a fixed order: of 8192 rows where all sums fit shared memory, else of 256 rows of a
+    code. An index at or past `codebook_size` ends the kernel and is never written through. N is limited to 2^31 - 1 a
+    head by torch.sort.
     """
-    rows = gathered(x, per_head)
-    heads, N, D = rows.heads, rows.length, rows.dim
+    rows = rows_of(x, per_head)
+    heads, N, D, K = rows.heads, rows.length, rows.dim, codebook_size
+    indices = indices.contiguous()
     flat_mask = None if mask is None else mask.contiguous().view(heads, N)
-    by_code = _rows_by_code(indices.contiguous().view(heads, N, 1), flat_mask, codebook_size, checked=True)
-    counts = _empty((heads, codebook_size), working_dtype(x), x)
-    sums = _empty((heads, codebook_size, D), working_dtype(x), x)
+    counts = _empty((heads, K), working_dtype(x), x)
+    sums = _empty((heads, K, D), working_dtype(x), x)
+    blocks = _kernels.small_sums_parts(N, K, D, x.element_size())
+    if blocks:
+        parts = _empty((heads, blocks if blocks > 1 else 0, K, D + 1), torch.float64, x)
+        _call(
+            _kernels.small_sums,
+            x,
+            *[_pass(rows), _address(indices), _address(flat_mask), heads, K, D, True],
+            *[_address(counts), _address(sums), _type(sums), _address(parts)],
+        )
+    else:
+        _sorted_sums(gathered(x, per_head), indices, flat_mask, counts, sums)
+    return (counts, sums) if per_head else (counts[0], sums[0])
+
+
+def _sorted_sums(rows: Rows, indices: Tensor, mask: Tensor | None, counts: Tensor, sums: Tensor) -> None:
+    """Counts (H, K) and sums (H, K, D) of any size: rows sorted by code, then added by chunks."""
+    by_code = _rows_by_code(indices.view(rows.heads, rows.length, 1), mask, sums.shape[1], checked=True)
 
     def add_rows(size: int, chunks: Tensor) -> None:
         _call(
             _kernels.sum_rows,
-            x,
-            *[_pass(rows), by_code.arguments(), heads, D, size],
+            sums,
+            *[_pass(rows), by_code.arguments(), rows.heads, rows.dim, size],
             *[_address(counts), _address(sums), _type(sums), _address(chunks)],
         )
 
     _add_up(by_code, sums, 1.0, add_rows)
-    return (counts, sums) if per_head else (counts[0], sums[0])
 
 
 # ---- moving averages ----------------------------------------------------------------------------------------------

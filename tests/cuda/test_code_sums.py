@@ -22,6 +22,19 @@ def by_chunks(rows, size):
     return total
 
 
+@pytest.fixture(params=["in shared memory", "sorted"], autouse=True)
+def way(request, shim_module, monkeypatch):
+    """Both ways, where both can go."""
+    if request.param == "sorted":
+        monkeypatch.setattr(shim_module, "small_sums_parts", lambda *_: 0)
+    return request.param
+
+
+@pytest.fixture
+def by_sorting(shim_module, monkeypatch):
+    monkeypatch.setattr(shim_module, "small_sums_parts", lambda *_: 0)
+
+
 def check(x, indices, size, mask=None, per_head=False, guard="end"):
     wanted = reference.code_sums(x, indices, size, mask, per_head)
     x, indices, mask = guarded(x, guard), guarded(indices, guard), None if mask is None else guarded(mask, guard)
@@ -45,6 +58,22 @@ def test_shapes(n, k, d):
 
 def test_many_rows(seed):
     check(torch.randn(3, 500, 64), torch.randint(100, (3, 500)), 100, torch.rand(3, 500) < 0.9, per_head=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_blocks(dtype):
+    """Integers, so that any order gives the same sums."""
+    x = torch.randint(-9, 9, (2, 8200, 3)).to(dtype)
+    check(x, torch.randint(-1, 50, (2, 8200)), 50, torch.rand(2, 8200) < 0.9, per_head=True)
+
+
+def test_which_sums_fit_shared_memory(shim_module, way):
+    if way == "in shared memory":
+        parts = shim_module.small_sums_parts
+        assert [parts(n, 1024, 8, 4) for n in (0, 1, 8192, 8193, 10**6)] == [1, 1, 1, 2, 123]
+        assert [bool(parts(1, k, d, 4)) for k, d in ((1024, 9), (1024, 16), (256, 32), (1, 8000), (1 << 20, 1))] == [
+            *[True, False, True, False, False]
+        ]
 
 
 def test_masks_and_heads():
@@ -71,7 +100,7 @@ def test_strided_rows(view):
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 16, 17, 65])
-def test_many_rows_of_a_code_are_added_by_chunks_wherever_they_start(n, monkeypatch):
+def test_many_rows_of_a_code_are_added_by_chunks_wherever_they_start(n, by_sorting, monkeypatch):
     """Chunks of four rows: up to four levels. The same rows give the same bits whatever comes before them."""
     monkeypatch.setattr(cuda, "CHUNK", 4)
     x = make("scaled_rows", n, 1, 3, "float64", seed=n)[0]
@@ -84,7 +113,7 @@ def test_many_rows_of_a_code_are_added_by_chunks_wherever_they_start(n, monkeypa
         assert_same_bits(sums[2], by_chunks(x, 4), f"{n} rows after {before}")
 
 
-def test_two_codes_that_share_windows(monkeypatch):
+def test_two_codes_that_share_windows(by_sorting, monkeypatch):
     """Every pair of lengths about the size of a chunk, so that chunks begin and end at every place of a window."""
     monkeypatch.setattr(cuda, "CHUNK", 4)
     x = make("scaled_rows", 21, 1, 1, "float64")[0]
