@@ -387,9 +387,8 @@ def _residual_search(x: Tensor, codebooks: Tensor, metric: str) -> Tensor:
     return indices
 
 
-def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
-    indices = _residual_search(x, codebooks, metric)
+def gather_stages(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the codes at the indices (..., Q) in the dtype of x, and the loss of each stage (Q,)."""
     rows, codes = rows_of(x, codebooks.dim() == 4), _stage_codes(codebooks, x)
     stages = codebooks.shape[-3]
     quantized = _empty(x.shape, x.dtype, x)
@@ -401,6 +400,13 @@ def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor
         *[_pass(rows), _pass(_code_rows(codes)), _address(indices), rows.heads, stages, rows.dim],
         *[_address(quantized), _address(parts), _address(losses), _type(losses)],
     )
+    return quantized, losses
+
+
+def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
+    indices = _residual_search(x, codebooks, metric)
+    quantized, losses = gather_stages(x, codebooks, indices)
     return quantized, indices, losses
 
 
