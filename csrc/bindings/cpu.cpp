@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cpu/codebook_cache.h"
 #include "../cpu/operators.h"
 #include "../cpu/parallel.h"
 #include "../cpu/peak.h"
@@ -123,9 +124,10 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("residual_quantize", [](const py::tuple& x, const py::tuple& codebooks, bool heads, bool dot, Address quantized,
-                                Address indices, const py::tuple& losses, int threads) {
+                                Address indices, const py::tuple& losses, std::uint64_t unchanged, int threads) {
     const fastvq::Tensor rows = tensor(x), codes = tensor(codebooks), out = tensor(losses);
     run([&] {
+      const fastvq::Unchanged scope(unchanged);
       fastvq::residual_quantize(rows, codes, heads, metric_of(dot), pointer<void>(quantized),
                                 pointer<std::int64_t>(indices), out, threads);
     });

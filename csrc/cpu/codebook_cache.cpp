@@ -17,7 +17,10 @@ namespace {
 constexpr std::int64_t kMostBytes = std::int64_t{384} << 20;
 
 struct Kept {
-  const void* address;  // where the codes lay: a new codebook at the same place takes the old one's room
+  // Where the codes lay: a new codebook at the same place takes the old one's room. And of which `Unchanged` they were.
+  // Both only under the lock.
+  mutable const void* address;
+  mutable std::uint64_t token;
   DType dtype;
   bool screened;
   std::unique_ptr<char[]> codes;  // as they were when packed
@@ -27,6 +30,7 @@ struct Kept {
   std::int64_t bytes() const { return code_bytes + packed->bytes(); }
 };
 
+thread_local std::uint64_t unchanged_token = 0;
 std::mutex mutex;
 std::list<std::shared_ptr<const Kept>> kept;  // the most recently used first
 
@@ -73,16 +77,43 @@ bool same_kind(const Kept& entry, const Rows& codes, Metric metric, bool screene
          view.size == codes.count && view.width == codes.width;
 }
 
+bool unchanged(const Kept& entry, const Rows& codes, Metric metric, bool screened) {
+  return unchanged_token && entry.token == unchanged_token && entry.address == codes.data &&
+         same_kind(entry, codes, metric, screened);
+}
+
+// Whether a few rows too should be searched in packed codes: they need not be compared, and are or can be kept.
+bool better_packed(const Rows& codes, Metric metric) {
+  if (!unchanged_token) return false;
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock) return false;
+  std::int64_t total = 5 * codes.count * row_bytes(codes);  // at least what one takes
+  for (const auto& entry : kept) {
+    if (unchanged(*entry, codes, metric, true)) return true;
+    total += entry->bytes();
+  }
+  return total <= kMostBytes;
+}
+
 std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, bool screened, int threads) {
   std::vector<std::shared_ptr<const Kept>> entries;
   {
     // Another thread may hold the lock, or have held it when this process was forked: then the codebook is packed anew.
     const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
     if (!lock) return nullptr;
+    for (const auto& entry : kept)
+      if (unchanged(*entry, codes, metric, screened)) return entry->packed;
     entries.assign(kept.begin(), kept.end());
   }
-  for (const auto& entry : entries)
-    if (same_kind(*entry, codes, metric, screened) && same_codes(*entry, codes, threads)) return entry->packed;
+  for (const auto& entry : entries) {
+    if (!same_kind(*entry, codes, metric, screened) || !same_codes(*entry, codes, threads)) continue;
+    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (unchanged_token && lock) {
+      entry->token = unchanged_token;
+      entry->address = codes.data;
+    }
+    return entry->packed;
+  }
   return nullptr;
 }
 
@@ -97,6 +128,7 @@ void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCo
   if (codes.count * bytes + packed->bytes() > kMostBytes) return;
   auto entry = std::make_shared<Kept>();
   entry->address = codes.data;
+  entry->token = unchanged_token;
   entry->dtype = codes.dtype;
   entry->screened = screened;
   entry->codes.reset(new char[codes.count * bytes]);
@@ -118,6 +150,14 @@ void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCo
 
 }  // namespace
 
+Unchanged::Unchanged(std::uint64_t token) : before_(unchanged_token) {
+  unchanged_token = token;
+}
+
+Unchanged::~Unchanged() {
+  unchanged_token = before_;
+}
+
 std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric metric, bool screened, int threads) {
   if (codes.step == 1) {
     if (auto found = find(codes, metric, screened, threads)) return found;
@@ -129,7 +169,7 @@ std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric 
 }
 
 SearchCodes search_codes(const Rows& codes, Metric metric, bool screened, std::int64_t row_count, int threads) {
-  if (screened && few_rows(row_count, codes, metric)) return {codes, nullptr, {}};
+  if (screened && few_rows(row_count, codes, metric) && !better_packed(codes, metric)) return {codes, nullptr, {}};
   auto packed = packed_codebook(codes, metric, screened, threads);
   const CodebookView view = packed->view(codes);
   return {codes, std::move(packed), view};

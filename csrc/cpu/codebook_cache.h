@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstdint>
 #include <memory>
 
 #include "codebook.h"
@@ -12,6 +13,19 @@ namespace fastvq {
 // kept if it is small. The codes themselves are compared, so nothing that changes them can go unseen; that costs a
 // pass over them, far less than packing. Kept codebooks take at most 384 MiB.
 std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric metric, bool screened, int threads);
+
+// While it lives, the codebooks of this thread's calls count as unchanged since the last call with the same token, and
+// are not compared. The token is the caller's word: it never stands for other codes at the same address. 0 is none.
+class Unchanged {
+ public:
+  explicit Unchanged(std::uint64_t token);
+  ~Unchanged();
+  Unchanged(const Unchanged&) = delete;
+  Unchanged& operator=(const Unchanged&) = delete;
+
+ private:
+  std::uint64_t before_;
+};
 
 // A codebook as a search of `row_count` rows wants it.
 struct SearchCodes {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +23,23 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _MAX_DIMS = 12  # of a tensor that is read where it lies; any other is copied
+
+
+_unchanged: ContextVar[int] = ContextVar("fastvq_unchanged", default=0)
+
+
+@contextlib.contextmanager
+def unchanged_codebooks(token: int) -> Iterator[None]:
+    """Within, `residual_quantize` does not compare its codebooks with those that it has packed under this token.
+
+    Args:
+        token: positive; stands for these codes, at the address where they lie, and never for others.
+    """
+    reset = _unchanged.set(token)
+    try:
+        yield
+    finally:
+        _unchanged.reset(reset)
 
 
 def missing() -> str | None:
@@ -184,6 +204,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor
         quantized.data_ptr(),
         indices.data_ptr(),
         _pass(losses),
+        _unchanged.get(),
         torch.get_num_threads(),
     )
     return quantized, indices, losses

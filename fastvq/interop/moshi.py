@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvq.functional import search
 from fastvq.interop.patching import Client, FastModule, by_path
-from fastvq.interop.residual import one_call, stacked_codes, stages_in_turn
+from fastvq.interop.residual import fixed_codes, one_call, stages_in_turn
 
 
 class FastCodebook(FastModule):
@@ -27,7 +27,7 @@ class FastResidualQuantizer(FastModule):
         stages = list(islice(cast(nn.ModuleList, self.layers), n_q or None))
         codebooks = [c for c in map(self._codes, stages) if c is not None]
         if len(codebooks) == len(stages) and one_call(x, codebooks):
-            return stacked_codes(self, x, codebooks)
+            return fixed_codes(self, x, codebooks)
         return stages_in_turn(stages, x)
 
     def _codes(self, stage: nn.Module) -> Tensor | None:

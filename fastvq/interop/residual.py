@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fastvq.backends import cpu
 from fastvq.functional import residual_quantize
 
 _lock = threading.Lock()
@@ -64,14 +67,37 @@ def stages_in_turn(stages: Iterable[Any], latents: Tensor) -> Tensor:
     return torch.stack(codes)
 
 
-def side_by_side(codebooks: Sequence[Tensor]) -> Tensor | None:
-    """Tensors (K, D) that lie one after another in one piece of memory as one tensor (Q, K, D), or None."""
-    first = codebooks[0]
-    step = first.numel()
-    for number, codebook in enumerate(codebooks):
-        apart = codebook.data_ptr() - first.data_ptr()
-        if apart != number * step * first.element_size() or not codebook.is_contiguous():
-            return None
-    if any(c.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for c in codebooks):
-        return None
-    return first.as_strided((len(codebooks), *first.shape), (step, first.shape[1], 1))
+@dataclass(frozen=True)
+class _Fixed:
+    """Codebooks that the client has taken for constant, side by side."""
+
+    originals: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    codebooks: Tensor
+    token: int
+
+
+_tokens = itertools.count(1)
+_fixed: WeakKeyDictionary[nn.Module, _Fixed] = WeakKeyDictionary()
+
+
+def fixed_codes(owner: nn.Module, latents: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
+    """`residual_codes` of codebooks that the client makes once: they are copied, and packed, when they are others.
+
+    They are known by being the same tensors, which nothing has written to in place.
+    """
+    if latents.device.type != "cpu" or torch.compiler.is_compiling():
+        return residual_codes(latents, torch.stack(tuple(codebooks)))
+    versions = tuple(0 if c.is_inference() else c._version for c in codebooks)
+    fixed, count = _fixed.get(owner), len(codebooks)
+    if (
+        fixed is None
+        or len(fixed.originals) < count
+        or fixed.versions[:count] != versions
+        or any(a is not b for a, b in zip(codebooks, fixed.originals, strict=False))
+    ):
+        with torch.no_grad():
+            fixed = _Fixed(tuple(codebooks), versions, torch.stack(tuple(codebooks)), next(_tokens))
+        _fixed[owner] = fixed
+    with cpu.unchanged_codebooks(fixed.token):
+        return residual_codes(latents, fixed.codebooks[:count])

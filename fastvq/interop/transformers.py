@@ -15,7 +15,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from fastvq.functional import search
 from fastvq.interop.nearest import nearest_direction, quantized_image
 from fastvq.interop.patching import Client, FastModule, by_path, differs, fast_class
-from fastvq.interop.residual import one_call, stacked_codes, stages_in_turn
+from fastvq.interop.residual import fixed_codes, one_call, stacked_codes, stages_in_turn
 
 
 class FastCodebook(FastModule):
@@ -75,7 +75,7 @@ class FastMimiQuantizer(FastResidualQuantizer):
         latents = embeddings if client.input_proj is None else client.input_proj(embeddings)
         codebooks = self._codebooks(stages)
         if one_call(latents, codebooks):
-            return stacked_codes(self, latents, codebooks)
+            return fixed_codes(self, latents, codebooks)
         return stages_in_turn(stages, latents)
 
 
