@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvq.backends import reference
 from fastvq.backends.reference import working_dtype
 from fastvq.streaming import parts, register
 
@@ -41,7 +42,30 @@ def _nearest(x: Tensor, codes: Tensor, k: int, metric: str) -> Tensor:
         candidates = places.sort(1).values  # in order, so that a stable sort puts the first of equals first
         scores = _rescored(x[head, part].double(), codes[head], candidates, metric == "euclidean")
         indices[head, part] = candidates.gather(1, scores.sort(dim=1, stable=True).indices[:, :k])
+        if many < codes.shape[1] and x.device.type == "cpu":  # others would wait for the answer
+            gap = values[:, k - 1] - values[:, -1]
+            (unproven,) = torch.where(~(gap > _screening_error(x[head, part], codes[head])))
+            numbers = torch.arange(x.shape[1])[part][unproven]
+            for block in numbers.split(max(1, _SCORES // codes.shape[1])):
+                indices[head, block] = _nearest_of_all(x[head, block], codes[head], k, metric)
     return indices
+
+
+def _screening_error(x: Tensor, codes: Tensor) -> Tensor:
+    """How far two screened scores of rows x (n, D) can be from the order of the defined ones, (n,).
+
+    With u = 2^-53 and centred codes, whose norms are at most twice the largest, a product of D terms, the norms beside
+    it and the centring are off by less than 2 (D + 8) u (|x| + 3 max |c|)^2, the defined score by less than half that.
+    """
+    norms = codes.double().norm(dim=1)
+    reach = x.double().norm(dim=1) + 3 * torch.where(norms.isfinite(), norms, 0.0).max()  # others are near no row
+    return 16 * (x.shape[1] + 8) * 2.0**-53 * reach.square() + 1e-290
+
+
+def _nearest_of_all(x: Tensor, codes: Tensor, k: int, metric: str) -> Tensor:
+    """The k nearest (n, k) of all codes (K, D), by the specification."""
+    scores = reference._scores(x.double(), codes.double(), metric)
+    return torch.where(scores.isnan(), torch.inf, scores).sort(dim=1, stable=True).indices[:, :k]
 
 
 def _best(values: Tensor, places: Tensor, scores: Tensor, start: int, many: int) -> tuple[Tensor, Tensor]:
@@ -63,8 +87,9 @@ register(
 def nearest_codes(x: Tensor, codes: Tensor, k: int, *, metric: str) -> Tensor:
     """The k nearest codes of every row, nearest first, the lowest index first of equals.
 
-    Codes are screened in float64 and the best scored again as the specification does; so the order is exact, unless
-    more than eight codes beyond the k are nearer to the last than float64 can tell. Not differentiable.
+    Codes are screened in float64 and the best scored again as the specification does. On the CPU rows for which that
+    proves nothing are scored whole, so the order is exact; other devices would have to wait to know, and are exact
+    unless more than eight codes beyond the k are nearer to the last than float64 can tell. Not differentiable.
 
     Args:
         x: (H, N, D), any floating dtype.

@@ -36,6 +36,28 @@ def test_the_nearest_is_that_of_search(offset):
     assert torch.equal(nearest, reference.search(x, books, "euclidean", False, "exact")[0])
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "dot"])
+@pytest.mark.parametrize("family", ["all equal", "by the dozen", "near ties", "one apart", "not finite"])
+def test_more_ties_than_candidates(metric, family):
+    """More codes than are kept for a second look lie as near, or nearly so."""
+    codes = torch.randn(1, 300, 5, dtype=torch.float64)
+    x = torch.randn(1, 64, 5, dtype=torch.float64)
+    if family == "all equal":
+        codes[:] = codes[:, :1]
+    elif family == "by the dozen":
+        codes = codes[:, torch.randint(6, (300,))]
+    elif family == "not finite":
+        codes[0, 3:9], codes[0, 20:290, 1], x[0, 5, 2] = torch.inf, torch.nan, torch.nan
+    else:
+        codes = codes[:, :1] + 1e-16 * codes
+        x = x + 100
+    if family == "one apart":
+        codes[0, 170] = x[0, 0]
+    found = choosing.nearest_codes(x, codes, 4, metric=metric)[0]
+    wanted = all_scores(x[0], codes[0], metric).sort(dim=1, stable=True).indices[:, :4]
+    assert torch.equal(found, wanted)
+
+
 def test_nan_rows_and_codes():
     x, codes = torch.randn(1, 5, 3), torch.randn(1, 40, 3)
     x[0, 2, 1] = torch.nan
