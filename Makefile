@@ -19,8 +19,9 @@ $(VENV)/installed: $(SOURCES)
 demo: $(VENV)/installed
 	$(BIN)/fastvq demo --out runs/demo
 
+# A process a core, up to four; a thread that waits must not keep another process from its core.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # The long checks: ten million rows against the reference.
 soak: $(VENV)/installed
