@@ -3,6 +3,8 @@
 // Two kernels: the smoothing needs the total of a head before its first code can be written, and the sizes that the
 // total is made of are overwritten, so no block may take it from them while another writes.
 
+#include <algorithm>
+
 #include "device.h"
 #include "operators.h"
 

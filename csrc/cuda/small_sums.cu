@@ -4,6 +4,8 @@
 // finds their rows in a tile by ballot and adds them in row order, so no two warps touch a sum and no order depends on
 // the device. The sums of several blocks are added in their order by a second kernel.
 
+#include <algorithm>
+
 #include "device.h"
 #include "operators.h"
 

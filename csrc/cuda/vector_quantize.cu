@@ -1,5 +1,7 @@
 // Rows replaced by their codes, with the loss in two stages; and the gradient to the rows, in one pass.
 
+#include <algorithm>
+
 #include "device.h"
 #include "operators.h"
 

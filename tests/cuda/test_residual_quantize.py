@@ -100,6 +100,12 @@ def test_heads_strides_and_dot_products():
     check(image, codebooks[::2].transpose(1, 2).contiguous().transpose(1, 2))
 
 
+def test_any_order_of_warps(seed):
+    x, codebooks = stages_of("gaussian", "bfloat16", 300, 20, 16, 3)
+    check(x, codebooks)
+    check_backward(x, codebooks)
+
+
 def test_rows_uncertain_at_a_late_stage_are_taken_again():
     """Twice the same codes, in the second stage only: every row is queued there, with the first stage's choice."""
     x, codebooks = stages_of("gaussian", "float32", 20, 64, 8, 3)
