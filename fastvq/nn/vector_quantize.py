@@ -581,8 +581,12 @@ class VectorQuantize(nn.Module):
             ema_update=call.ema_update,
         )
 
+    @torch.compiler.disable
     def _step_in_place(self, rows: Tensor, mask: Tensor | None, call: Call) -> Tensor:
-        """A step of the in-place optimizer on mean((sg[x] - q)^2), which is returned."""
+        """A step of the in-place optimizer on mean((sg[x] - q)^2), which is returned.
+
+        Not to be compiled: torch.compile does not trace an optimizer's step within a forward.
+        """
         rows = rows.detach()
         with torch.enable_grad(), apart():
             codes = self._codebook.as_used(self._codebook.embed.clone())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from common import DIM, assert_same, pair, step
 from torch import Tensor, nn
+from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTIONS = {
@@ -96,6 +98,21 @@ def test_compiles_whole(name: str) -> None:
     plain.eval(), compiled.eval()
     for mine, other in zip(compiled(x, **arguments), plain(x, **arguments), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by Dynamo
+def test_an_in_place_optimizer_steps_between_two_graphs() -> None:
+    """The graph breaks there, and where it must not the refusal names the step."""
+    torch._dynamo.reset()
+    options = {"learnable_codebook": True, "ema_update": False, "in_place_codebook_optimizer": partial(SGD, lr=1.0)}
+    plain, _ = pair(**options)
+    twin, _ = pair(**options)
+    compiled, (x, _) = torch.compile(twin, backend="eager"), inputs("ema")
+    for _ in range(2):
+        found = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
+        assert_same(found, step(plain, x))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_step_in_place"):
+        torch.compile(pair(**options)[0], fullgraph=True, backend="eager")(x)
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n != "k-means"])
