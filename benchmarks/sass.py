@@ -52,7 +52,7 @@ _UNITS = {
     "memory": "ATOM ATOMG ATOMS LDG LDGSTS LDL LDS LDSM LDTM MATCH RED SHFL STG STL STS STSM STTM",
 }
 _UNIT = {name: unit for unit, names in _UNITS.items() for name in names.split()}
-_TENSOR = re.compile(r"HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|UTC\w*MMA|v_mfma")
+TENSOR = re.compile(r"HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|UTC\w*MMA|v_mfma")
 
 
 class Instruction(NamedTuple):
@@ -159,8 +159,9 @@ def parse_cuda(text: str) -> Listing:
             listing.labels[label[1]] = len(listing.instructions)
         found = _CUDA_LINE.search(line)
         if found:
-            target = _CUDA_TARGET.search(found[3]) if found[2].split(".")[0] in ("BRA", "BRX", "JMP") else None
+            target = _CUDA_TARGET.search(found[3]) if found[2].split(".")[0] in ("BRA", "BRX", "JMP", "CALL") else None
             conditional = bool(found[1]) or "P" in found[3].split("`")[0]  # BRA.U UP0, `(.L_x_1)
+            conditional = conditional or found[2].startswith("CALL")  # which returns, as a rule
             listing.instructions.append(Instruction(found[2], found[3], target and target[1], conditional))
     return listing
 
@@ -194,7 +195,7 @@ def _macs(instruction: Instruction, warps: int) -> int | None:
     return int(shape[1]) * int(shape[2]) * int(shape[3]) * warps if shape else None
 
 
-def _pipe(instruction: Instruction, arch: str) -> tuple[str, float]:
+def pipe(instruction: Instruction, arch: str) -> tuple[str, float]:
     """The unit that an instruction keeps busy, and for how many cycles a warp."""
     machine, base = MACHINES[arch], instruction.base
     if arch.startswith("gfx"):
@@ -249,7 +250,7 @@ def spills_of(listing: Listing) -> int:
 
 def tensor_instructions(listing: Listing) -> set[str]:
     """The kinds of tensor instruction in a kernel, without their shapes."""
-    found = (_TENSOR.match(i.name) for i in listing.instructions)
+    found = (TENSOR.match(i.name) for i in listing.instructions)
     return {match[0] for match in found if match}
 
 
@@ -302,7 +303,7 @@ def analyse(compiled: Any, arch: str, dim: int = 0, elements: float | None = Non
             be given on sm_100, where SASS does not tell the shape of a tensor instruction.
     """
     machine, listing, warps = MACHINES[arch], listing_of(compiled), compiled.metadata.num_warps
-    tensor = [i for i, instruction in enumerate(listing.instructions) if _TENSOR.match(instruction.name)]
+    tensor = [i for i, instruction in enumerate(listing.instructions) if TENSOR.match(instruction.name)]
     loop = _hot_loop(listing, tensor)
     weight = dict.fromkeys(loop, 1.0)
     counted = [_macs(listing.instructions[i], warps) for i in tensor if i in loop]
@@ -331,8 +332,8 @@ def analyse(compiled: Any, arch: str, dim: int = 0, elements: float | None = Non
         cycles["issue"] += times * quarter
         if "HMMA" in instruction.base and not instruction.base.startswith("UTC"):
             cycles["tensor"] += times * quarter * machine.hmma * (_macs(instruction, 1) or 0) / 2048
-        elif not _TENSOR.match(instruction.name):
-            unit, busy = _pipe(instruction, arch)
+        elif not TENSOR.match(instruction.name):
+            unit, busy = pipe(instruction, arch)
             cycles[unit] += times * quarter * busy
     if not cycles["tensor"] and tensor:
         cycles["tensor"] = elements * dim / 4 / machine.macs

@@ -102,8 +102,9 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
     return py::dict("operand"_a = kOperands[static_cast<int>(plan.operand)],
                     "source"_a = kSources[static_cast<int>(plan.source)], "width"_a = plan.width, "rows"_a = plan.rows,
                     "group"_a = plan.tiles.group, "tile"_a = plan.tiles.tile, "stages"_a = plan.tiles.stages,
-                    "shared_memory"_a = plan.shared_memory, "splits"_a = plan.splits, "share"_a = plan.share,
-                    "tiles"_a = plan.tile_count, "bits"_a = plan.bits, "scratch_bytes"_a = plan.scratch_bytes);
+                    "warps"_a = plan.tiles.warps, "shared_memory"_a = plan.shared_memory, "splits"_a = plan.splits,
+                    "share"_a = plan.share, "tiles"_a = plan.tile_count, "bits"_a = plan.bits,
+                    "scratch_bytes"_a = plan.scratch_bytes);
   });
 
   m.def("search",

@@ -1,12 +1,11 @@
 """What the tests of the CUDA backend share: programs and a module compiled against the shim, once a session."""
 
 import ctypes
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-from shimmed import SANITIZERS, compile_module, compile_shim
+from shimmed import SANITIZERS, compile_module, compile_shim, load_module
 
 from fastvq.backends import cuda
 
@@ -29,10 +28,7 @@ def shim_module(tmp_path_factory):
     test_sanitizers.py has a process of its own import what it has compiled.
     """
     path = os.environ.get("FASTVQ_CUDA_SHIM") or compile_module(tmp_path_factory.mktemp("module"))
-    spec = importlib.util.spec_from_file_location("_cuda_shim", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """How the CUDA sources are compiled for the CPU, against the shim."""
 
 import importlib.util
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,32 @@ def compile_module(folder, flags=()):
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bindings" / "cuda.cpp"]
     flags = [*build.python_includes(), "-DFASTVQ_CUDA_MODULE=_cuda_shim", *flags]
     return compile_shim(folder, folder / "_cuda_shim.so", sources, flags, ["-shared"])
+
+
+def load_module(path):
+    """What compile_module or compile_mutant made, imported; pybind11 keeps one module a name, so each has its own."""
+    spec = importlib.util.spec_from_file_location(f"{Path(path).parent}._cuda_shim".replace("/", "-"), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_mutant(module, folder, name, changes):
+    """The module with one source changed, each piece of text at the one place where it stands; the rest is linked anew.
+
+    `name` is the .cu file that is compiled again, `changes` {file: {old: new}}.
+    """
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for changed, pieces in changes.items():
+        path = folder / "csrc" / "cuda" / changed
+        text = path.read_text()
+        for old, new in pieces.items():
+            assert text.count(old) == 1, f"{old!r} stands in {text.count(old)} places of {changed}"
+            text = text.replace(old, new)
+        path.write_text(text)
+    others = [o for o in Path(module.__file__).parent.glob("*.o") if o.stem not in (f"cuda_{name}", "shim_shim")]
+    source = folder / "csrc" / "cuda" / f"{name}.cu"
+    return compile_shim(folder, folder / "_cuda_shim.so", [source], link_flags=["-shared", *map(str, others)])
 
 
 def dies(module, code):

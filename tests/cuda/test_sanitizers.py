@@ -34,9 +34,18 @@ def sanitized(tmp_path_factory):
     }
 
 
-def test_operators_under_sanitizers(sanitized):
-    files = [HERE / f"test_{name}.py" for name in ("vector_quantize", "code_sums", "ema_update", "residual_quantize")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN, *map(str, files)]
+def passes(sanitized, names, chosen):
+    """Run the chosen tests of some files in the environment."""
+    files = [str(HERE / f"test_{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=sanitized, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_operators_under_sanitizers(sanitized):
+    passes(sanitized, ("vector_quantize", "code_sums", "ema_update", "residual_quantize"), CHOSEN)
+
+
+def test_search_under_sanitizers(sanitized):
+    passes(sanitized, ("search",), "dimensions or heads or several or boundary")
