@@ -97,7 +97,7 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
 
   m.def("plan_search", [](const py::tuple& on, int x, int codes, Index heads, Index N, Index K, int D) {
     constexpr const char* kOperands[] = {"stored", "rounded", "split"};
-    constexpr const char* kSources[] = {"resident", "streamed", "chunked", "none"};
+    constexpr const char* kSources[] = {"resident", "streamed", "chunked", "none", "staged"};
     const fastvq::SearchPlan plan = fastvq::plan_search(device(on), type(x), type(codes), heads, N, K, D);
     return py::dict("operand"_a = kOperands[static_cast<int>(plan.operand)],
                     "source"_a = kSources[static_cast<int>(plan.source)], "width"_a = plan.width, "rows"_a = plan.rows,
@@ -117,6 +117,24 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
             const auto plan = fastvq::plan_search(of, problem.x.type, problem.code_type, heads, problem.x.count, K, D);
             fastvq::search(problem, plan, of, pointer<void>(scratch), pointer<Index>(indices), pointer<void>(distances),
                            stream);
+          });
+        });
+
+  m.def("stages_scratch", [](const py::tuple& on, int x, int codes, Index heads, int stages, Index N, Index K, int D) {
+    const auto plan = fastvq::plan_stages(device(on), type(x), type(codes), heads, stages, N, K, D);
+    return plan.source == fastvq::Source::none ? py::object(py::none()) : py::object(py::int_(plan.scratch_bytes));
+  });
+
+  m.def("search_stages",
+        [](const py::tuple& on, const py::tuple& x, Address codebooks, Index heads, int stages, Index K, int D,
+           bool euclidean, float slack, Address scratch, Address indices, Address stream) {
+          const fastvq::Device of = device(on);
+          const fastvq::SearchProblem problem = {
+              rows(x), heads, K, D, pointer<void>(codebooks), fastvq::Float::float32, euclidean, slack};
+          run("residual_quantize", [&] {
+            const auto plan =
+                fastvq::plan_stages(of, problem.x.type, problem.code_type, heads, stages, problem.x.count, K, D);
+            fastvq::search_stages(problem, plan, of, stages, pointer<void>(scratch), pointer<Index>(indices), stream);
           });
         });
 

@@ -8,8 +8,10 @@ namespace {
 
 constexpr std::size_t kAlignment = 256;
 
-// Lays out the scratch memory from `base` on; the end is *bytes. A null base only measures.
-SearchScratch lay_out(const SearchPlan& plan, std::int64_t heads, std::int64_t N, void* base, std::size_t* bytes) {
+// Lays out the scratch memory of so many codebooks and heads of rows from `base` on; the end is *bytes. A null base
+// only measures.
+SearchScratch lay_out(const SearchPlan& plan, std::int64_t books, std::int64_t heads, std::int64_t N, void* base,
+                      std::size_t* bytes) {
   std::size_t at = 0;
   const auto part = [&](std::int64_t size) {
     void* start = base == nullptr ? nullptr : static_cast<char*>(base) + at;
@@ -20,10 +22,10 @@ SearchScratch lay_out(const SearchPlan& plan, std::int64_t heads, std::int64_t N
   const std::int64_t rows = chunked ? heads * plan.row_blocks * plan.rows : 0;
   const std::int64_t parts = plan.splits > 1 ? plan.splits * heads * N : 0;
   SearchScratch scratch;
-  scratch.figures = static_cast<CodebookFigures*>(part(heads * static_cast<std::int64_t>(sizeof(CodebookFigures))));
-  scratch.frame = static_cast<float*>(part(heads * plan.width * 4));
+  scratch.figures = static_cast<CodebookFigures*>(part(books * static_cast<std::int64_t>(sizeof(CodebookFigures))));
+  scratch.frame = static_cast<float*>(part(books * plan.width * 4));
   scratch.packed =
-      static_cast<unsigned char*>(part(heads * plan.tile_count * static_cast<std::int64_t>(plan.tile_bytes)));
+      static_cast<unsigned char*>(part(books * plan.tile_count * static_cast<std::int64_t>(plan.tile_bytes)));
   scratch.rounded = static_cast<unsigned char*>(part(rows * plan.width * 2));
   scratch.row_figures = static_cast<float*>(part(rows * 3 * 4));
   scratch.queue = static_cast<std::int64_t*>(part(screened ? heads * N * 8 : 0));
@@ -63,6 +65,31 @@ bool vectors_fit(const void* data, std::int64_t element, std::initializer_list<s
 
 std::int64_t bytes_of(Float type) {
   return type == Float::float32 ? 4 : type == Float::float64 ? 8 : 2;
+}
+
+ScreenArguments arguments_of(const SearchProblem& p, const SearchPlan& plan, const SearchScratch& scratch,
+                             std::int64_t* indices) {
+  ScreenArguments a = {};
+  a.x = p.x;
+  a.K = p.K;
+  a.D = p.D;
+  a.euclidean = p.euclidean;
+  a.row_vectors = p.x.dim == 1 && vectors_fit(p.x.data, bytes_of(p.x.type), {p.D, p.x.head, p.x.outer, p.x.step});
+  a.code_vectors = vectors_fit(p.codebook, bytes_of(p.code_type), {p.D});
+  a.slack = p.slack;
+  a.bits = plan.bits;
+  a.tiles = plan.tile_count;
+  a.share = plan.share;
+  a.row_blocks = plan.row_blocks;
+  a.codebook = p.codebook;
+  a.frame = scratch.frame;
+  a.figures = scratch.figures;
+  a.packed = scratch.packed;
+  a.rounded = scratch.rounded;
+  a.row_figures = scratch.row_figures;
+  a.queue = scratch.queue;
+  a.indices = indices;
+  return a;
 }
 
 }  // namespace
@@ -117,7 +144,7 @@ SearchPlan plan_search(const Device& device, Float x, Float codes, std::int64_t 
     plan.shared_memory = static_cast<int>(shared);
     plan.bits = bits_for(plan.share * (plan.tiles.tile / (4 * plan.tiles.group)));
   }
-  lay_out(plan, heads, N, nullptr, &plan.scratch_bytes);
+  lay_out(plan, heads, heads, N, nullptr, &plan.scratch_bytes);
   return plan;
 }
 
@@ -126,31 +153,12 @@ void search(const SearchProblem& p, const SearchPlan& plan, const Device& device
   if (p.heads == 0 || p.x.count == 0) return;
   auto* stream = stream_of(stream_address);
   std::size_t bytes;
-  const SearchScratch scratch = lay_out(plan, p.heads, p.x.count, scratch_memory, &bytes);
+  const SearchScratch scratch = lay_out(plan, p.heads, p.heads, p.x.count, scratch_memory, &bytes);
   if (plan.source == Source::none) {
-    return score_rest(p, nullptr, nullptr, device.multiprocessors, indices, distances, stream);
+    return score_rest(p, 1, nullptr, nullptr, device.multiprocessors, indices, distances, stream);
   }
   pack_codes(p, plan, scratch, stream);
-  ScreenArguments a = {};
-  a.x = p.x;
-  a.K = p.K;
-  a.D = p.D;
-  a.euclidean = p.euclidean;
-  a.row_vectors = p.x.dim == 1 && vectors_fit(p.x.data, bytes_of(p.x.type), {p.D, p.x.head, p.x.outer, p.x.step});
-  a.code_vectors = vectors_fit(p.codebook, bytes_of(p.code_type), {p.D});
-  a.slack = p.slack;
-  a.bits = plan.bits;
-  a.tiles = plan.tile_count;
-  a.share = plan.share;
-  a.row_blocks = plan.row_blocks;
-  a.codebook = p.codebook;
-  a.frame = scratch.frame;
-  a.figures = scratch.figures;
-  a.packed = scratch.packed;
-  a.rounded = scratch.rounded;
-  a.row_figures = scratch.row_figures;
-  a.queue = scratch.queue;
-  a.indices = indices;
+  ScreenArguments a = arguments_of(p, plan, scratch, indices);
   a.distances = distances;
   if (plan.splits > 1) {
     a.part_scores = scratch.part_scores;
@@ -162,7 +170,44 @@ void search(const SearchProblem& p, const SearchPlan& plan, const Device& device
                                                             : start_bfloat_screen;
   start(plan, a, static_cast<unsigned>(p.heads), static_cast<unsigned>(device.multiprocessors), stream);
   if (plan.splits > 1) merge_splits(p, plan, scratch, indices, distances, stream);
-  score_rest(p, scratch.figures, scratch.queue, device.multiprocessors, indices, distances, stream);
+  score_rest(p, 1, scratch.figures, scratch.queue, device.multiprocessors, indices, distances, stream);
+}
+
+SearchPlan plan_stages(const Device& device, Float x, Float codes, std::int64_t heads, int stages, std::int64_t N,
+                       std::int64_t K, int D) {
+  SearchPlan plan = {};
+  plan.splits = 1;
+  plan.source = Source::none;
+  const int width = D <= 32 ? 32 : D <= 64 ? 64 : 128;
+  if (x == Float::float64 || codes != Float::float32 || D > width || K > kMostCodes) return plan;
+  plan.operand = Operand::rounded;
+  plan.source = Source::staged;
+  plan.width = plan.chunk = width;
+  plan.tiles = tiles_for(plan.operand, plan.source, width);
+  plan.rows = 16 * plan.tiles.m * plan.tiles.warps;
+  plan.row_blocks = ceil_div<std::int64_t>(N, plan.rows);
+  plan.tile_count = plan.share = ceil_div<std::int64_t>(K, plan.tiles.tile);
+  plan.tile_bytes = static_cast<std::size_t>(plan.tiles.tile) * (2 * width + 4);
+  plan.bits = bits_for(plan.tile_count * (plan.tiles.tile / (4 * plan.tiles.group)));
+  // The pipeline, and of each row its lengths, its code and its residual.
+  plan.shared_memory = plan.tiles.stages * static_cast<int>(plan.tile_bytes) + plan.rows * (12 + 4 * width);
+  if (plan.shared_memory > device.shared_memory) plan.source = Source::none;
+  lay_out(plan, heads * stages, heads, N, nullptr, &plan.scratch_bytes);
+  return plan;
+}
+
+void search_stages(const SearchProblem& p, const SearchPlan& plan, const Device& device, int stages,
+                   void* scratch_memory, std::int64_t* indices, std::uintptr_t stream_address) {
+  if (p.heads == 0 || p.x.count == 0) return;
+  auto* stream = stream_of(stream_address);
+  SearchProblem books = p;
+  books.heads *= stages;
+  std::size_t bytes;
+  const SearchScratch scratch = lay_out(plan, books.heads, p.heads, p.x.count, scratch_memory, &bytes);
+  pack_codes(books, plan, scratch, stream);
+  const ScreenArguments a = arguments_of(p, plan, scratch, indices);
+  start_stages(plan, a, static_cast<unsigned>(p.heads), stages, stream);
+  score_rest(p, stages, scratch.figures, scratch.queue, device.multiprocessors, indices, nullptr, stream);
 }
 
 }  // namespace fastvq

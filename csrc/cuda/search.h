@@ -24,6 +24,7 @@ enum class Source : int {
   streamed = 1,  // in tiles, through a pipeline; rows in registers
   chunked = 2,   // rows too: more dimensions than registers hold
   none = 3,      // no screen: every code by the contract
+  staged = 4,    // streamed, one codebook after the other: a residual quantiser
 };
 
 // The tile constants of a screen: one instantiation each.
@@ -39,6 +40,7 @@ struct Tiles {
 // smallest scores, 2 m to 4 m the rest of a row. Shared memory: stages * tile * (2 width + 4) bytes and 8 a row.
 constexpr Tiles tiles_for(Operand operand, Source source, int width) {
   if (source == Source::chunked) return {16, 64, 2, 2, 8};
+  if (source == Source::staged) return {16, 64, 2, 2, 4};
   const int tile = operand == Operand::split ? 4096 / width : width <= 64 ? 128 : 64;
   const int warps = source == Source::resident ? 8 : width <= 64 ? 4 : 8;
   return {16, tile, width <= 128 ? 3 : 2, width <= 64 ? 4 : 2, warps};
@@ -80,5 +82,13 @@ SearchPlan plan_search(const Device& device, Float x, Float codes, std::int64_t 
 // aligned to 256. Throws what CUDA complains of.
 void search(const SearchProblem& problem, const SearchPlan& plan, const Device& device, void* scratch,
             std::int64_t* indices, void* distances, std::uintptr_t stream);
+
+// All stages of residual quantisers in one kernel: p.codebook is (H, Q, K, D) float32, indices are (H, N, Q). The
+// plan's source is `staged`, or `none` where that cannot be: float64, or more dimensions than shared memory has room
+// for.
+SearchPlan plan_stages(const Device& device, Float x, Float codes, std::int64_t heads, int stages, std::int64_t N,
+                       std::int64_t K, int D);
+void search_stages(const SearchProblem& p, const SearchPlan& plan, const Device& device, int stages, void* scratch,
+                   std::int64_t* indices, std::uintptr_t stream);
 
 }  // namespace fastvq

@@ -49,6 +49,9 @@ __device__ __forceinline__ float reciprocal(float power) {
   return __int_as_float((254 << 23) - __float_as_int(power));
 }
 
+__device__ __forceinline__ float to_float(double v) {
+  return static_cast<float>(v);
+}
 __device__ __forceinline__ float to_float(float v) {
   return v;
 }

@@ -24,8 +24,8 @@ void pack_codes(const SearchProblem& p, const SearchPlan& plan, const SearchScra
 void merge_splits(const SearchProblem& p, const SearchPlan& plan, const SearchScratch& scratch, std::int64_t* indices,
                   void* distances, cudaStream_t stream);
 
-// Queued rows (all rows, where queue is nullptr) against every code, by the contract.
-void score_rest(const SearchProblem& p, const CodebookFigures* figures, const std::int64_t* queue, int multiprocessors,
-                std::int64_t* indices, void* distances, cudaStream_t stream);
+// Queued rows (all rows, where queue is nullptr) against every code of every stage, by the contract.
+void score_rest(const SearchProblem& p, int stages, const CodebookFigures* figures, const std::int64_t* queue,
+                int multiprocessors, std::int64_t* indices, void* distances, cudaStream_t stream);
 
 }  // namespace fastvq

@@ -20,17 +20,17 @@ struct Winner {
   }
 };
 
-// Rows of a queue, or all, kRowsTogether at a time. Grid (blocks, heads).
+// Rows of a queue, or all, kRowsTogether at a time, through all stages. Grid (blocks, heads).
 template <class Code>
 __global__ void __launch_bounds__(kThreads)
     whole_kernel(const Rows x, const Code* codebooks, const CodebookFigures* figures, const std::int64_t* queue,
-                 std::int64_t* indices, void* distances, std::int64_t K, int D, bool euclidean, Float type) {
+                 std::int64_t* indices, void* distances, int stages, std::int64_t K, int D, bool euclidean,
+                 Float type) {
   auto* values = dynamic_shared<double>();        // (kRowsTogether, kDims) of the rows
   auto* scores = values + kRowsTogether * kDims;  // (kRowsTogether, warps)
   auto* codes = reinterpret_cast<int*>(scores + kRowsTogether * (kThreads / 32));
   const std::int64_t head = blockIdx.y;
-  const std::int64_t rows = queue == nullptr ? x.count : figures[head].queued;
-  const Code* codebook = codebooks + head * K * D;
+  const std::int64_t rows = queue == nullptr ? x.count : figures[head * stages].queued;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (std::int64_t block = blockIdx.x; block * kRowsTogether < rows; block += gridDim.x) {
     const auto row = [&](int r) {
@@ -38,65 +38,78 @@ __global__ void __launch_bounds__(kThreads)
       if (entry >= rows) return std::int64_t{-1};
       return queue == nullptr ? entry : queue[head * x.count + entry];
     };
-    Winner winners[kRowsTogether];
-    for (std::int64_t start = 0; start < K; start += kThreads) {
-      const std::int64_t k = start + threadIdx.x;
-      double sums[kRowsTogether] = {};
-      for (int d = 0; d < D; d += kDims) {
-        const int dims = min(kDims, D - d);
-        if (start == 0 || D > kDims) {
-          __syncthreads();
-          for (int i = threadIdx.x; i < kRowsTogether * kDims; i += kThreads) {
-            const std::int64_t n = row(i / kDims);
-            const bool inside = n >= 0 && i % kDims < dims;
-            values[i] = inside ? load(x.data, x.type, x.offset(head, n) + (d + i % kDims) * x.dim) : 0.0;
+    // What the codes of the first stages leave of a value, rounded once a stage; they are this block's, or none.
+    const auto left_of = [&](std::int64_t n, int d, int before) {
+      double value = load(x.data, x.type, x.offset(head, n) + d * x.dim);
+      for (int stage = 0; stage < before; ++stage) {
+        const std::int64_t code = indices[(head * x.count + n) * stages + stage];
+        const Code* codebook = codebooks + (head * stages + stage) * K * D;
+        value = __fsub_rn(static_cast<float>(value), to_float(codebook[code * D + d]));
+      }
+      return value;
+    };
+    for (int stage = 0; stage < stages; ++stage) {
+      const Code* codebook = codebooks + (head * stages + stage) * K * D;
+      Winner winners[kRowsTogether];
+      for (std::int64_t start = 0; start < K; start += kThreads) {
+        const std::int64_t k = start + threadIdx.x;
+        double sums[kRowsTogether] = {};
+        for (int d = 0; d < D; d += kDims) {
+          const int dims = min(kDims, D - d);
+          if (start == 0 || D > kDims) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < kRowsTogether * kDims; i += kThreads) {
+              const std::int64_t n = row(i / kDims);
+              const bool inside = n >= 0 && i % kDims < dims;
+              values[i] = inside ? left_of(n, d + i % kDims, stage) : 0.0;
+            }
+            __syncthreads();
           }
-          __syncthreads();
+          if (k >= K) continue;
+          for (int i = 0; i < dims; ++i) {
+            const double code = widen(codebook[k * D + d + i]);
+#pragma unroll
+            for (int r = 0; r < kRowsTogether; ++r) {
+              sums[r] = one_term(sums[r], values[r * kDims + i], code, euclidean);
+            }
+          }
         }
         if (k >= K) continue;
-        for (int i = 0; i < dims; ++i) {
-          const double code = widen(codebook[k * D + d + i]);
 #pragma unroll
-          for (int r = 0; r < kRowsTogether; ++r) {
-            sums[r] = one_term(sums[r], values[r * kDims + i], code, euclidean);
-          }
+        for (int r = 0; r < kRowsTogether; ++r) {
+          const double score = ranked(sums[r], euclidean);
+          if (score < winners[r].score) winners[r] = {score, static_cast<int>(k)};
         }
       }
-      if (k >= K) continue;
 #pragma unroll
       for (int r = 0; r < kRowsTogether; ++r) {
-        const double score = ranked(sums[r], euclidean);
-        if (score < winners[r].score) winners[r] = {score, static_cast<int>(k)};
-      }
-    }
 #pragma unroll
-    for (int r = 0; r < kRowsTogether; ++r) {
-#pragma unroll
-      for (int bit = 16; bit > 0; bit /= 2) {
-        const double score = __shfl_xor_sync(kAllLanes, winners[r].score, bit);
-        winners[r].meet(score, __shfl_xor_sync(kAllLanes, winners[r].code, bit));
+        for (int bit = 16; bit > 0; bit /= 2) {
+          const double score = __shfl_xor_sync(kAllLanes, winners[r].score, bit);
+          winners[r].meet(score, __shfl_xor_sync(kAllLanes, winners[r].code, bit));
+        }
+        if (lane == 0) {
+          scores[r * (kThreads / 32) + warp] = winners[r].score;
+          codes[r * (kThreads / 32) + warp] = winners[r].code;
+        }
       }
-      if (lane == 0) {
-        scores[r * (kThreads / 32) + warp] = winners[r].score;
-        codes[r * (kThreads / 32) + warp] = winners[r].code;
+      __syncthreads();
+      if (threadIdx.x < kRowsTogether && row(threadIdx.x) >= 0) {
+        Winner winner;
+        for (int w = 0; w < kThreads / 32; ++w) {
+          const int at = threadIdx.x * (kThreads / 32) + w;
+          winner.meet(scores[at], codes[at]);
+        }
+        const std::int64_t n = row(threadIdx.x), place = head * x.count + n;
+        const int nearest = winner.code == kNobody ? 0 : winner.code;  // every distance is infinite or NaN
+        indices[place * stages + stage] = nearest;
+        if (distances != nullptr) {
+          const Code* code = codebook + static_cast<std::int64_t>(nearest) * D;
+          store(distances, type, place, canonical(x, x.offset(head, n), code, D, euclidean));
+        }
       }
+      __syncthreads();
     }
-    __syncthreads();
-    if (threadIdx.x < kRowsTogether && row(threadIdx.x) >= 0) {
-      Winner winner;
-      for (int w = 0; w < kThreads / 32; ++w) {
-        const int at = threadIdx.x * (kThreads / 32) + w;
-        winner.meet(scores[at], codes[at]);
-      }
-      const std::int64_t n = row(threadIdx.x), place = head * x.count + n;
-      const int nearest = winner.code == kNobody ? 0 : winner.code;  // every distance is infinite or NaN
-      indices[place] = nearest;
-      if (distances != nullptr) {
-        const Code* code = codebook + static_cast<std::int64_t>(nearest) * D;
-        store(distances, type, place, canonical(x, x.offset(head, n), code, D, euclidean));
-      }
-    }
-    __syncthreads();
   }
 }
 
@@ -146,8 +159,8 @@ void merge_splits(const SearchProblem& p, const SearchPlan& plan, const SearchSc
   });
 }
 
-void score_rest(const SearchProblem& p, const CodebookFigures* figures, const std::int64_t* queue, int multiprocessors,
-                std::int64_t* indices, void* distances, cudaStream_t stream) {
+void score_rest(const SearchProblem& p, int stages, const CodebookFigures* figures, const std::int64_t* queue,
+                int multiprocessors, std::int64_t* indices, void* distances, cudaStream_t stream) {
   std::int64_t blocks = ceil_div<std::int64_t>(p.x.count, kRowsTogether);
   if (blocks > 8 * multiprocessors) blocks = 8 * multiprocessors;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.heads));
@@ -157,7 +170,7 @@ void score_rest(const SearchProblem& p, const CodebookFigures* figures, const st
     using Code = typename decltype(tag)::type;
     const auto* codebook = static_cast<const Code*>(p.codebook);
     launch(whole_kernel<Code>, grid, dim3(kThreads), shared, stream, p.x, codebook, figures, queue, indices, distances,
-           p.K, p.D, p.euclidean, type);
+           stages, p.K, p.D, p.euclidean, type);
   });
 }
 

@@ -212,15 +212,15 @@ struct Lengths {
   float norm, residual;  // of the row's operand, in units of the codes' scale
 };
 
-// Settles one row a quad: certificate, re-score, and the contract where that leaves two; else the row is queued.
+// Settles one row a quad by certificate, re-score, and the contract where that leaves two: its code, kNobody where
+// every distance is infinite or NaN, or kWhole. `head` is that of the codebook, `at` where the row starts.
 template <class P>
-__device__ __forceinline__ void settle(const ScreenArguments& a, std::int64_t head, std::int64_t n,
-                                       const Smallest& seen, const Lengths& row, std::int64_t first_segment, int lane) {
+__device__ __forceinline__ int settle(const ScreenArguments& a, std::int64_t head, std::int64_t at, bool alive,
+                                      const Smallest& seen, const Lengths& row, std::int64_t first_segment, int lane) {
   const CodebookFigures& book = a.figures[head];
   const float code_norm = __uint_as_float(book.norm), code_residual = __uint_as_float(book.residual);
   const Certificate certificate{a.D, P::kOperand, a.euclidean, __int_as_float((127 + a.bits - 23) << 23), a.slack};
   const float bound = certificate.threshold(quad_min(seen.best), row.norm, row.residual, code_norm, code_residual);
-  const bool alive = n < a.x.count;
   // Not `<= bound`: a bound that is NaN must let everything in.
   const int within = static_cast<int>(!(seen.best > bound)) + static_cast<int>(!(seen.second > bound));
   const unsigned hidden = __ballot_sync(kAllLanes, !(seen.third > bound));
@@ -232,7 +232,6 @@ __device__ __forceinline__ void settle(const ScreenArguments& a, std::int64_t he
   const int first = group(seen.best), second = group(seen.second);
 
   const auto* codebook = static_cast<const typename P::Code*>(a.codebook) + head * a.K * a.D;
-  const std::int64_t at = alive ? a.x.offset(head, n) : 0;
   Standing standing{inf(), inf(), inf(), kNobody};
   float scale = 1.0f;
   if constexpr (P::kOperand != Operand::stored) scale = power_of_two(__uint_as_float(book.reach));
@@ -242,38 +241,20 @@ __device__ __forceinline__ void settle(const ScreenArguments& a, std::int64_t he
   standing.meet_lane(1);
   standing.meet_lane(2);
   int nearest = standing.nearest;
-  const bool tied = turns.count >= 0 && standing.lowest < inf() && !(standing.runner_up > standing.reached);
+  const bool tied = standing.lowest < inf() && !(standing.runner_up > standing.reached);
   if (__any_sync(kAllLanes, tied)) {
     const int winner = settle_by_contract<P>(a, codebook, at, Turns(tied ? turns.count : 0, lane), first, second);
     if (tied) nearest = winner;
   }
-  if (!alive || (lane & 3) != 0) return;
-  const std::int64_t place = head * a.x.count + n;
-  if (a.part_scores != nullptr) {
-    const std::int64_t part = blockIdx.y * (gridDim.x / a.row_blocks) * a.x.count + place;
-    const bool found = !whole && nearest != kNobody;
-    a.part_scores[part] =
-        found ? ranked(canonical(a.x, at, codebook + static_cast<std::int64_t>(nearest) * a.D, a.D, a.euclidean),
-                       a.euclidean)
-              : static_cast<double>(inf());
-    a.part_indices[part] = whole ? kWhole : nearest;
-  } else if (whole) {
-    a.queue[head * a.x.count + atomicAdd(&a.figures[head].queued, 1u)] = n;
-  } else {
-    if (nearest == kNobody) nearest = 0;  // every distance is infinite or NaN
-    a.indices[place] = nearest;
-    if (a.distances != nullptr) {
-      const auto* code = codebook + static_cast<std::int64_t>(nearest) * a.D;
-      static_cast<float*>(a.distances)[place] = __double2float_rn(canonical(a.x, at, code, a.D, a.euclidean));
-    }
-  }
+  return whole ? kWhole : nearest;
 }
 
-// Settles the rows of a warp, two of every eight lanes' at a time.
-template <class P>
+// Settles the rows of a warp, from `first_row` of the head on; take(row of the warp, row of the head, code) gets each
+// from one lane.
+template <class P, class F>
 __device__ __forceinline__ void settle_rows(const ScreenArguments& a, std::int64_t head, std::int64_t first_row,
                                             const Smallest (&seen)[2 * P::kM], const Lengths* lengths,
-                                            std::int64_t first_segment, int lane) {
+                                            std::int64_t first_segment, int lane, F take) {
 #pragma unroll 1
   for (int r = 0; r < 2 * P::kM; ++r) {
     Smallest chosen = seen[0];
@@ -282,7 +263,34 @@ __device__ __forceinline__ void settle_rows(const ScreenArguments& a, std::int64
       if (i == r) chosen = seen[i];
     }
     const int row = r * 8 + lane / 4;
-    settle<P>(a, head, first_row + row, chosen, lengths[row], first_segment, lane);
+    const std::int64_t n = first_row + row;
+    const bool alive = n < a.x.count;
+    const std::int64_t at = alive ? a.x.offset(head, n) : 0;
+    const int code = settle<P>(a, head, at, alive, chosen, lengths[row], first_segment, lane);
+    if (alive && (lane & 3) == 0) take(row, n, code);
+  }
+}
+
+// Where the code of a row goes that is searched in one codebook: to its place, to the queue, or among the splits'
+// winners.
+template <class P>
+__device__ __forceinline__ void store_code(const ScreenArguments& a, std::int64_t head, std::int64_t n, int code) {
+  const auto* codebook = static_cast<const typename P::Code*>(a.codebook) + head * a.K * a.D;
+  const auto score = [&](int k) {
+    return canonical(a.x, a.x.offset(head, n), codebook + static_cast<std::int64_t>(k) * a.D, a.D, a.euclidean);
+  };
+  const std::int64_t place = head * a.x.count + n;
+  if (a.part_scores != nullptr) {
+    const std::int64_t part = blockIdx.y * (gridDim.x / a.row_blocks) * a.x.count + place;
+    const bool found = code != kWhole && code != kNobody;
+    a.part_scores[part] = found ? ranked(score(code), a.euclidean) : static_cast<double>(inf());
+    a.part_indices[part] = code;
+  } else if (code == kWhole) {
+    a.queue[head * a.x.count + atomicAdd(&a.figures[head].queued, 1u)] = n;
+  } else {
+    if (code == kNobody) code = 0;  // every distance is infinite or NaN
+    a.indices[place] = code;
+    if (a.distances != nullptr) static_cast<float*>(a.distances)[place] = __double2float_rn(score(code));
   }
 }
 
@@ -476,9 +484,36 @@ __global__ void __launch_bounds__(P::kThreads, 1) resident_kernel(const ScreenAr
     for (int tile = 0; tile < tiles; ++tile) {
       screen_tile<P>(shared + tile * P::kTileBytes, tile * P::kSegments, -(1 << a.bits), lane, operand, factor, seen);
     }
-    settle_rows<P>(a, head, first, seen, lengths, 0, lane);
+    settle_rows<P>(a, head, first, seen, lengths, 0, lane,
+                   [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
     __syncwarp();
   }
+}
+
+// Passes `tiles` tiles of codes through a pipeline in shared memory, for all warps of the block; `prepare` loads the
+// rows while the first tiles are on their way.
+template <class P, class F>
+__device__ __forceinline__ void screen_tiles(unsigned char* shared, const unsigned char* source, int tiles, int keep,
+                                             int lane, std::uint32_t (&operand)[P::kM][P::kSteps][4],
+                                             float (&factor)[2 * P::kM], Smallest (&seen)[2 * P::kM], F prepare) {
+  const auto fetch = [&](int tile) {
+    if (tile < tiles) {
+      const auto at = static_cast<std::int64_t>(tile) * P::kTileBytes;
+      copy_block<P, P::kTileBytes>(shared + tile % P::kStages * P::kTileBytes, source + at);
+    }
+    ptx::copy_commit();
+  };
+#pragma unroll 1
+  for (int tile = 0; tile < P::kStages - 1; ++tile) fetch(tile);
+  prepare();
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    ptx::copy_wait<P::kStages - 2>();
+    __syncthreads();  // the tile is there for all, and all are done with the one whose place is filled next
+    fetch(tile + P::kStages - 1);
+    screen_tile<P>(shared + tile % P::kStages * P::kTileBytes, tile * P::kSegments, keep, lane, operand, factor, seen);
+  }
+  ptx::copy_wait<0>();
 }
 
 // Codes pass through a pipeline in shared memory, shared by the warps of a block. Grid (row blocks x heads, splits).
@@ -492,29 +527,68 @@ __global__ void __launch_bounds__(P::kThreads, 1) streamed_kernel(const ScreenAr
   const std::int64_t first_tile = blockIdx.y * a.share;
   const int tiles = static_cast<int>(a.tiles - first_tile < a.share ? a.tiles - first_tile : a.share);
   const unsigned char* source = a.packed + (head * a.tiles + first_tile) * P::kTileBytes;
-  const auto fetch = [&](int tile) {
-    if (tile < tiles) {
-      const auto at = static_cast<std::int64_t>(tile) * P::kTileBytes;
-      copy_block<P, P::kTileBytes>(shared + tile % P::kStages * P::kTileBytes, source + at);
-    }
-    ptx::copy_commit();
-  };
-#pragma unroll 1
-  for (int tile = 0; tile < P::kStages - 1; ++tile) fetch(tile);
   std::uint32_t operand[P::kM][P::kSteps][4];
   float factor[2 * P::kM];
-  load_rows<P>(a, head, first, lane, operand, factor, lengths);
   Smallest seen[2 * P::kM];
-#pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    ptx::copy_wait<P::kStages - 2>();
-    __syncthreads();  // the tile is there for all, and all are done with the one whose place is filled next
-    fetch(tile + P::kStages - 1);
-    screen_tile<P>(shared + tile % P::kStages * P::kTileBytes, tile * P::kSegments, -(1 << a.bits), lane, operand,
-                   factor, seen);
+  screen_tiles<P>(shared, source, tiles, -(1 << a.bits), lane, operand, factor, seen,
+                  [&] { load_rows<P>(a, head, first, lane, operand, factor, lengths); });
+  settle_rows<P>(a, head, first, seen, lengths, first_tile * P::kSegments, lane,
+                 [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
+}
+
+// All stages of a residual quantiser for a block of rows, the residual in shared memory; codebooks are (H, Q, K, D), a
+// row that no stage can settle is queued for all. Grid (row blocks x heads).
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1) staged_kernel(const ScreenArguments a, int stages) {
+  constexpr int kRowsOfWarp = 16 * P::kM;
+  auto* shared = dynamic_shared<unsigned char>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  auto* lengths = reinterpret_cast<Lengths*>(shared + P::kStages * P::kTileBytes) + warp * kRowsOfWarp;
+  auto* codes = reinterpret_cast<int*>(shared + P::kStages * P::kTileBytes + P::kRows * sizeof(Lengths));
+  auto* residual = reinterpret_cast<float*>(codes + P::kRows) + warp * kRowsOfWarp * P::kWidth;
+  codes += warp * kRowsOfWarp;
+  const std::int64_t head = blockIdx.x / a.row_blocks;
+  const std::int64_t first = (blockIdx.x % a.row_blocks) * P::kRows + warp * kRowsOfWarp;
+  const std::int64_t left = a.x.count - first;
+  const int rows = left < 0 ? 0 : left < kRowsOfWarp ? static_cast<int>(left) : kRowsOfWarp;
+  for (int i = lane; i < rows * P::kWidth; i += 32) {
+    const int d = i % P::kWidth;
+    if (d < a.D) residual[i] = load_float(a.x, a.x.offset(head, first + i / P::kWidth) + d * a.x.dim);
   }
-  ptx::copy_wait<0>();
-  settle_rows<P>(a, head, first, seen, lengths, first_tile * P::kSegments, lane);
+  __syncwarp();
+  ScreenArguments here = a;
+  here.x = {residual, Float::float32, rows, 1, 0, P::kWidth, 0, 1};
+  here.row_vectors = a.D % 4 == 0;
+  std::uint64_t uncertain = 0;  // rows of the warp that lane 0 of their quad could not settle
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    const std::int64_t book = head * stages + stage;
+    std::uint32_t operand[P::kM][P::kSteps][4];
+    float factor[2 * P::kM];
+    Smallest seen[2 * P::kM];
+    screen_tiles<P>(shared, a.packed + book * a.tiles * P::kTileBytes, static_cast<int>(a.tiles), -(1 << a.bits), lane,
+                    operand, factor, seen, [&] { load_rows<P>(here, book, 0, lane, operand, factor, lengths); });
+    settle_rows<P>(here, book, 0, seen, lengths, 0, lane, [&](int row, std::int64_t, int code) {
+      if (code == kWhole) uncertain |= std::uint64_t{1} << row;
+      if (code == kWhole || code == kNobody) code = 0;
+      codes[row] = code;
+      a.indices[(head * a.x.count + first + row) * stages + stage] = code;
+    });
+    __syncthreads();  // the codes are there for the warp, and no warp still reads what the next stage fetches over
+    const auto* codebook = static_cast<const typename P::Code*>(a.codebook) + book * a.K * a.D;
+    for (int i = lane; i < rows * P::kWidth; i += 32) {
+      const int d = i % P::kWidth;
+      if (d >= a.D) continue;
+      const auto at = static_cast<std::int64_t>(codes[i / P::kWidth]) * a.D + d;
+      residual[i] = __fsub_rn(residual[i], to_float(codebook[at]));
+    }
+    __syncwarp();
+  }
+  for (int row = lane / 4; row < rows; row += 8) {
+    if ((lane & 3) == 0 && (uncertain >> row & 1) != 0) {
+      a.queue[head * a.x.count + atomicAdd(&a.figures[head * stages].queued, 1u)] = first + row;
+    }
+  }
 }
 
 // Rows and codes pass through the pipeline, kWidth dimensions of each at a time; a tile is one segment.
@@ -609,7 +683,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) chunked_kernel(const ScreenArg
     }
   }
   ptx::copy_wait<0>();
-  settle_rows<P>(a, head, first, seen, lengths, first_tile, lane);
+  settle_rows<P>(a, head, first, seen, lengths, first_tile, lane,
+                 [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
 }
 
 // Starts the kernel of a policy.
@@ -649,6 +724,9 @@ void start_screen_of(const SearchPlan& plan, const ScreenArguments& a, unsigned 
       return start(ScreenPolicy<OPERAND, ELEMENT, CODE, 256, Source::streamed>());
   }
 }
+
+// All stages of residual quantisers.
+void start_stages(const SearchPlan& plan, const ScreenArguments& a, unsigned heads, int stages, cudaStream_t stream);
 
 using ScreenStarter = void(const SearchPlan&, const ScreenArguments&, unsigned heads, unsigned multiprocessors,
                            cudaStream_t);

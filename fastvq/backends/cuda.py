@@ -364,11 +364,28 @@ def _stage_codes(codebooks: Tensor, x: Tensor) -> Tensor:
     return _codes(codebooks.resolve_neg().contiguous().flatten(0, -3), x)
 
 
-def _residual_search(x: Tensor, codebooks: Tensor, metric: str) -> Tensor:
-    """The code of each stage for each row, (..., Q), stage after stage."""
+def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.0) -> Tensor:
+    """The code of each stage for each row, (..., Q): in one kernel where it can, else stage after stage.
+
+    `slack` is for the tests, as in `certified_search`.
+    """
     per_head = codebooks.dim() == 4
     stages = codebooks.shape[-3]
     indices = _empty((*x.shape[:-1], stages), torch.int64, x)
+    rows, device = rows_of(x, per_head), _device(x)
+    codes = codebooks.resolve_neg().to(working_dtype(x, codebooks)).contiguous()
+    shape = (rows.heads, stages, *codes.shape[-2:])
+    types = _type(rows.tensor), _type(codes)
+    scratch_bytes = _kernels.stages_scratch(device, *types, *shape[:2], rows.length, *shape[2:])
+    if scratch_bytes is not None:
+        scratch = _empty(scratch_bytes, torch.uint8, x)
+        _call(
+            _kernels.search_stages,
+            x,
+            *[device, _pass(rows), _address(codes), *shape, metric == "euclidean", slack],
+            *[_address(scratch), _address(indices)],
+        )
+        return indices
     residual = x
     for q in range(stages):
         indices[..., q] = search(residual, codebooks.select(-3, q), metric, False, "exact")[0]
@@ -405,7 +422,7 @@ def gather_stages(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[Tensor
 
 def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
-    indices = _residual_search(x, codebooks, metric)
+    indices = residual_search(x, codebooks, metric)
     quantized, losses = gather_stages(x, codebooks, indices)
     return quantized, indices, losses
 

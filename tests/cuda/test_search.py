@@ -203,6 +203,47 @@ def test_lengths_whose_squares_underflow(d, dtype, metric, device):
         check(x * 100, codebook * small, metric)
 
 
+# ---- residual quantisation: all stages in one kernel --------------------------------------------------------------
+
+
+def check_stages(x, codebooks, metric="euclidean", guard="end"):
+    """The code of every stage is the reference's."""
+    wanted = reference.residual_quantize(x, codebooks, metric)[1]
+    x, codebooks = guarded(x, guard), guarded(codebooks, guard)
+    with GuardedAllocations(guard):
+        found = cuda.residual_search(x, codebooks, metric)
+    assert_same_indices(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("family", ["gaussian", "near_tied", "integers", "not_finite", "all_equal", "scaled_rows"])
+def test_stages_of_families(family, dtype, seed):
+    x, codes = make(family, 40, 3 * 70, 20, dtype, seed)
+    check_stages(x, codes.view(3, 70, 20), METRICS[seed % 2], guard="start")
+
+
+@pytest.mark.parametrize(("n", "q", "k", "d"), [(0, 2, 3, 4), (1, 1, 1, 1), (300, 2, 65, 7), (140, 4, 130, 65)])
+def test_stages_of_shapes(n, q, k, d):
+    check_stages(torch.randn(n, d), torch.randn(q, k, d))
+    check_stages(torch.randn(2, n, d), torch.randn(2, q, k, d))
+
+
+def test_stages_that_need_every_code():
+    """Most rows are queued at the second stage, and go through all of them again."""
+    x, codebooks = make("gaussian", 50, 3 * 256, 24)
+    codebooks = codebooks.view(3, 256, 24).clone()
+    codebooks[1] = codebooks[1, 0] * (1 + 1e-7 * torch.randn(256, 24))
+    check_stages(x, codebooks)
+
+
+def test_stages_fit_their_device(kernels):
+    for device in DEVICES:
+        for d in (1, 32, 33, 128):
+            assert kernels.stages_scratch(device, 0, 0, 1, 8, 10**6, 1024, d) is not None, (device, d)
+        assert kernels.stages_scratch(device, 0, 0, 1, 8, 10**6, 1024, 129) is None
+        assert kernels.stages_scratch(device, 3, 3, 1, 8, 10**6, 1024, 8) is None
+
+
 # ---- how a search is cut ------------------------------------------------------------------------------------------
 
 
