@@ -11,6 +11,7 @@ import contextlib
 import copy
 import importlib
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class Case:
     compare: Callable[[Any, Any, Any, Any], Agreement]  # the client's quantiser, its arguments, its result and ours
     fill: Callable[[Any, Any], None] = lambda quantiser, arguments: None  # gives codes to one that has none yet
     whole: bool = True  # whether the whole encoding is timed too
+
+
+class CpuWork(Work):
+    """Timed by the processor time of this process: for one thread on a busy machine, where the wall's means nothing."""
+
+    def once(self) -> float:
+        start = time.process_time()
+        self.call()
+        return (time.process_time() - start) * 1e3
 
 
 @contextlib.contextmanager
@@ -281,8 +291,9 @@ CASES: dict[str, Callable[[], Case]] = {
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
-def measure(title: str, thread_counts: Sequence[int]) -> list[dict[str, Any]]:
+def measure(title: str, thread_counts: Sequence[int], clock: str, encode: bool) -> list[dict[str, Any]]:
     """The rows of one client: its quantiser, and all of its encoding, before and after."""
+    timed = CpuWork if clock == "cpu" else Work
     torch.manual_seed(0)
     case = CASES[title]()
     before = case.model.eval()
@@ -302,17 +313,18 @@ def measure(title: str, thread_counts: Sequence[int]) -> list[dict[str, Any]]:
 
     agreement = case.compare(quantiser, arguments, call(quantiser), call(fast))
     parts = {"quantiser": {"before": lambda: call(quantiser), "after": lambda: call(fast)}}
-    if case.whole:
+    if case.whole and encode:
         parts["encode"] = {"before": lambda: case.encode(before), "after": lambda: case.encode(after)}
     rows = []
     for threads in thread_counts:
         torch.set_num_threads(threads)
         for part, works in parts.items():
-            turns = {name: Work(work).turn for name, work in works.items()}
-            times = interleave(turns, seconds=6, rounds=5 if part == "quantiser" else 3)
+            turns = {name: timed(work).turn for name, work in works.items()}
+            times = interleave(turns, seconds=6, rounds=5 if part == "quantiser" else 2)
             slow = percentile(times["before"], 50)
             for name, values in times.items():
-                row = {"client": title, "part": part, "contender": name, "threads": threads, "calls": len(values)}
+                row = {"client": title, "part": part, "contender": name, "threads": threads, "clock": clock}
+                row |= {"calls": len(values)}
                 row |= {f"p{p}_ms": round(percentile(values, p), 3) for p in (20, 50, 80)}
                 row |= {"ratio": round(slow / percentile(values, 50), 2)}
                 row |= {"codes": agreement.codes, "different": agreement.different}
@@ -346,16 +358,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("titles", nargs="*", help=f"of {', '.join(CASES)}")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 only")
+    parser.add_argument("--no-encode", action="store_true", help="time the quantisers alone")
     options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != [1]:
+        parser.error("--clock cpu needs --threads 1")
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = list(read_csv(RESULTS)) if RESULTS.exists() else []
     wrong = 0
     for title in options.titles or CASES:
         with torch.no_grad():
-            new = measure(title, options.threads)
+            new = measure(title, options.threads, options.clock, not options.no_encode)
         wrong += new[0]["unexplained"]
-        rows = [r for r in rows if r["client"] != title] + new
-        write_csv(RESULTS, rows)
+        others = [r for r in read_csv(RESULTS) if r["client"] != title] if RESULTS.exists() else []
+        write_csv(RESULTS, others + new)
         print(table(new), flush=True)
     if wrong:
         raise SystemExit(f"{wrong} codes differ by more than rounding")
