@@ -291,28 +291,48 @@ CASES: dict[str, Callable[[], Case]] = {
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
-def measure(title: str, thread_counts: Sequence[int], clock: str, encode: bool) -> list[dict[str, Any]]:
-    """The rows of one client: its quantiser, and all of its encoding, before and after."""
-    timed = CpuWork if clock == "cpu" else Work
+@dataclass
+class Patched:
+    """A case before and after, with the arguments of its quantiser."""
+
+    case: Case
+    before: nn.Module
+    after: nn.Module
+    arguments: Any
+
+    def quantise(self, model: nn.Module) -> Any:
+        """What the quantiser of either model gives."""
+        quantiser = model.get_submodule(self.case.quantiser)
+        return getattr(quantiser, self.case.method)(*self.arguments[0], **self.arguments[1])
+
+    def agreement(self) -> Agreement:
+        """How the codes of the two compare."""
+        quantiser = self.before.get_submodule(self.case.quantiser)
+        return self.case.compare(quantiser, self.arguments, *map(self.quantise, (self.before, self.after)))
+
+
+def patched(title: str) -> Patched:
+    """The model of a title, with random weights, and a patched copy."""
     torch.manual_seed(0)
     case = CASES[title]()
     before = case.model.eval()
     quantiser = before.get_submodule(case.quantiser)
     with recorded(quantiser, case.method) as calls:
         case.encode(before)
-    arguments = calls[0]
-    case.fill(quantiser, arguments)
+    case.fill(quantiser, calls[0])
     after = copy.deepcopy(before)
     report = fastvq.patch(after)
     if not report.done:
         raise RuntimeError(str(report))
-    fast = after.get_submodule(case.quantiser)
+    return Patched(case, before, after, calls[0])
 
-    def call(module: Any) -> Any:
-        return getattr(module, case.method)(*arguments[0], **arguments[1])
 
-    agreement = case.compare(quantiser, arguments, call(quantiser), call(fast))
-    parts = {"quantiser": {"before": lambda: call(quantiser), "after": lambda: call(fast)}}
+def measure(title: str, thread_counts: Sequence[int], clock: str, encode: bool) -> list[dict[str, Any]]:
+    """The rows of one client: its quantiser, and all of its encoding, before and after."""
+    timed = CpuWork if clock == "cpu" else Work
+    models = patched(title)
+    case, before, after, agreement = models.case, models.before, models.after, models.agreement()
+    parts = {"quantiser": {"before": lambda: models.quantise(before), "after": lambda: models.quantise(after)}}
     if case.whole and encode:
         parts["encode"] = {"before": lambda: case.encode(before), "after": lambda: case.encode(after)}
     rows = []
@@ -360,7 +380,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 only")
     parser.add_argument("--no-encode", action="store_true", help="time the quantisers alone")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what was measured")
     options = parser.parse_args()
+    if options.table:
+        print(table(read_csv(RESULTS)))
+        return
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu needs --threads 1")
     warnings.simplefilter("ignore")
