@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*/* setup.py pyproject.toml constraints.txt)
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,bench,test,interop]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,bench,test,interop,onnx]'
 	$(BIN)/pip install --quiet --no-deps --requirement tests/interop/no-deps.txt
 	touch $@
 
