@@ -551,6 +551,7 @@ def whole_kernel(
     K: tl.tensor,
     Q: tl.tensor,
     D: tl.constexpr,
+    STAGED: tl.constexpr,  # whether Q is more than 1
     EUCLIDEAN: tl.constexpr,
     DOUBLE: tl.constexpr,
     DISTANCES: tl.constexpr,
@@ -579,9 +580,11 @@ def whole_kernel(
                 codes = codebook + code.to(tl.int64)[None, :] * D
                 score = tl.zeros((ROWS, COLUMNS), tl.float64)
                 for i in range(0, D):
-                    left = residual_value(
-                        x + i * stride_d, alive, codebooks_ptr + head * Q * K * D + i, chosen, stage, K * D, D, DOUBLE
-                    )
+                    if STAGED:
+                        first = codebooks_ptr + head * Q * K * D + i
+                        left = residual_value(x + i * stride_d, alive, first, chosen, stage, K * D, D, DOUBLE)
+                    else:
+                        left = tl.load(x + i * stride_d, mask=alive, other=0.0)
                     other = tl.load(codes + i, mask=valid, other=0.0).to(tl.float64)
                     score = one_term(score, left.to(tl.float64)[:, None], other, EUCLIDEAN)
                 score = ranked(score, valid, EUCLIDEAN)
@@ -590,7 +593,8 @@ def whole_kernel(
                 nearest = tl.where(least < winning, whose, nearest)
                 winning = tl.minimum(winning, least)
             tl.store(chosen + stage, nearest.to(tl.int64), mask=alive)
-            tl.debug_barrier()  # the next stage reads what other threads have stored
+            if STAGED:
+                tl.debug_barrier()  # the next stage reads what other threads have stored
             if DISTANCES:
                 distance = canonical(x, alive, stride_d, codebook + nearest.to(tl.int64) * D, alive, D, EUCLIDEAN)
                 distances = distances_ptr + (head * N + rows) * Q + stage
@@ -611,6 +615,7 @@ _ROUNDED_FROM = 128  # at this padded width and above, rows are rounded by a ker
 _RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
 _GATHERED = 512
 _ROUNDED = 16  # rows of a program that rounds them
+_WHOLE = 4  # rows of a program that scores them whole: with more some dtypes spill
 _ROWS_STAY = ("sm_90", "sm_100", "sm_103")
 _CHUNK = 128  # dimensions of one product where the width is more than 256
 
@@ -646,10 +651,11 @@ def tiles_for(device: Device, K: int, width: int) -> Tiles:
     if device.backend == "interpreter":
         return Tiles(rows=32, columns=32, steps=2, warps=4, stages=1)
     if device.shared_memory < 128_000 and width > 128:
-        return Tiles(rows=64, columns=32, steps=2, warps=4, stages=2)
+        spills = device.backend == "cuda" and width > 256
+        return Tiles(rows=32 if spills else 64, columns=32, steps=2, warps=4, stages=2)
     tiles = Tiles(rows=128, columns=64, steps=2, warps=8, stages=2)
     if width > 256:
-        return tiles
+        return tiles._replace(columns=32)  # with 64 some dtypes spill
     roomy = device.backend == "cuda" and (width >= 128 or device.arch == "sm_90")
     room = device.shared_memory
     if device.arch == "sm_90" and width <= 128:
@@ -750,14 +756,15 @@ def score_whole(
     """Take the queued rows through all stages by the contract; codebooks ([H,] [Q,] K, D), indices (H, N, Q)."""
     launch(
         whole_kernel,
-        (min(4 * device.multiprocessors, triton.cdiv(rows.length, 8)), rows.heads),
+        (min(4 * device.multiprocessors, triton.cdiv(rows.length, _WHOLE)), rows.heads),
         *[rows.tensor, rows.inner, *rows.strides, codebooks, queue, queued],
         *[indices, indices if distances is None else distances, rows.length, codebooks.shape[-2], stages],
         D=rows.dim,
+        STAGED=stages > 1,
         EUCLIDEAN=euclidean,
         DOUBLE=torch.float64 in (rows.tensor.dtype, codebooks.dtype),
         DISTANCES=distances is not None,
-        ROWS=8,
+        ROWS=_WHOLE,
         COLUMNS=64,
         num_warps=4,
         num_stages=1,

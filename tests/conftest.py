@@ -21,7 +21,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:  # for pytest-xdist: a file's tests stay together, and those of a folder that compile once for all
+    # For pytest-xdist: a file's tests stay together, and so do those of a folder that compile once for all.
+    for item in items:
         folder = item.path.parent
         item.add_marker(pytest.mark.xdist_group(str(folder if folder.name in ("cli", "cuda") else item.path)))
     if config.getoption("--soak"):
