@@ -373,8 +373,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("client", "part", "threads", "clock"))
+
+
 def main() -> None:
-    """Measure the clients of the given titles, or all; rows of others stay in the file."""
+    """Measure the clients of the given titles, or all; what else was measured stays in the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("titles", nargs="*", help=f"of {', '.join(CASES)}")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
@@ -393,7 +397,8 @@ def main() -> None:
         with torch.no_grad():
             new = measure(title, options.threads, options.clock, not options.no_encode)
         wrong += new[0]["unexplained"]
-        others = [r for r in read_csv(RESULTS) if r["client"] != title] if RESULTS.exists() else []
+        measured = {_key(row) for row in new}
+        others = [row for row in read_csv(RESULTS) if _key(row) not in measured] if RESULTS.exists() else []
         write_csv(RESULTS, others + new)
         print(table(new), flush=True)
     if wrong:

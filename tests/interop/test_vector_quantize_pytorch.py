@@ -122,6 +122,15 @@ def test_training_goes_on(case):
     torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_hierarchical(shared):
+    """The library's own module round fastvq's."""
+    module = peer.HierarchicalVQ(dim=6, codebook_size=17, scales=(1, 2, 4), shared_codebook=shared, kmeans_init=False)
+    x = torch.randn(2, 6, 4)
+    report = check_drop_in(module.eval(), lambda m: m(x), rtol=1e-5, atol=1e-5)
+    assert len(report.done) == (2 if shared else 6)
+
+
 def test_what_was_changed_by_hand_is_left_alone():
     module, _ = make("vq")
     module._codebook.sample_codebook_temp = 0.5
