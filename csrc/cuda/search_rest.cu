@@ -22,7 +22,7 @@ struct Winner {
 
 // Rows of a queue, or all, kRowsTogether at a time, through all stages. Grid (blocks, heads).
 template <class Code>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     whole_kernel(const Rows x, const Code* codebooks, const CodebookFigures* figures, const std::int64_t* queue,
                  std::int64_t* indices, void* distances, int stages, std::int64_t K, int D, bool euclidean,
                  Float type) {
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid (rows, heads).
 template <class Code>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     merge_kernel(const Rows x, const Code* codebooks, CodebookFigures* figures, const double* part_scores,
                  const int* part_indices, std::int64_t* queue, std::int64_t* indices, void* distances, int splits,
                  std::int64_t K, int D, bool euclidean) {
