@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../cpu/codebook_cache.h"
+#include "../cpu/memory.h"
 #include "../cpu/operators.h"
 #include "../cpu/parallel.h"
 #include "../cpu/peak.h"
@@ -43,6 +44,13 @@ fastvq::Tensor tensor(const py::tuple& parts) {
   return t;
 }
 
+// Bytes for a tensor of Python's: a buffer that torch.frombuffer takes.
+struct Bytes {
+  explicit Bytes(std::int64_t count) : memory(count), count(count) {}
+  fastvq::Memory memory;
+  std::int64_t count;
+};
+
 // Runs an operator without the interpreter's lock and with the floating-point environment that the bounds assume.
 template <class F>
 void run(const F& f) {
@@ -59,6 +67,10 @@ fastvq::Metric metric_of(bool dot) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastvq's CPU kernels";
+
+  py::class_<Bytes>(m, "Bytes", py::buffer_protocol())
+      .def(py::init<std::int64_t>())
+      .def_buffer([](const Bytes& b) { return py::buffer_info(static_cast<char*>(b.memory.data()), b.count); });
 
   m.def("instruction_sets", [] {
     const fastvq::RowKernel* kernels[fastvq::kMaxKernels];

@@ -52,6 +52,12 @@ struct Certificate {
            double_sum * reach * reach;
   }
 
+  // The same for the dot product: at least -(x~ + xi) . e_w, where |xi| <= row_residual.
+  double product(double best, double row_norm, double row_residual) const {
+    return best + accumulation(row_norm) + row_residual * farthest() + row_norm * residual +
+           2 * double_sum * (row_norm + row_residual) * farthest();
+  }
+
   // No code whose screened score lies above this can be the canonical nearest. best: the smallest screened score;
   // row_norm >= |x~|, row_residual >= |(x - m) S - x~|.
   double threshold(double best, double row_norm, double row_residual, bool euclidean) const {

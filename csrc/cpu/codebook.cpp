@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <vector>
 
@@ -42,11 +43,11 @@ PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, 
   view_.is_double = codes.dtype == DType::kFloat64;
   const std::int64_t elements = view_.groups * view_.width * kGroup;
   if (view_.is_double) {
-    exact_double_.reset(new double[elements]);
+    exact_double_ = Buffer<double>(elements);
     view_.exact = exact_double_.get();
     copy_exact(codes, exact_double_.get(), threads);
   } else {
-    exact_float_.reset(new float[elements]);
+    exact_float_ = Buffer<float>(elements);
     view_.exact = exact_float_.get();
     copy_exact(codes, exact_float_.get(), threads);
     if (screened) prepare_screen(threads);
@@ -57,7 +58,7 @@ PackedCodebook::PackedCodebook(const Rows& codes, Metric metric, bool screened, 
 std::int64_t PackedCodebook::bytes() const {
   const std::int64_t elements = view_.groups * view_.width * kGroup;
   return elements * ((exact_float_ ? 4 : 8) + (screen_ ? 4 : 0) + (rows_ ? 4 : 0) + (int8_codes_ ? 1 : 0)) +
-         view_.groups * kGroup * 12;
+         view_.groups * kGroup * (int8_codes_ ? 16 : 4);
 }
 
 CodebookView PackedCodebook::view(const Rows& codes) const {
@@ -97,7 +98,7 @@ void PackedCodebook::prepare_screen(int threads) {
   const std::int64_t width = view_.width, groups = view_.groups, tasks = tasks_of(groups);
   const RowKernel& kernel = row_kernel();
   const float* exact = exact_float_.get();
-  bias_.reset(new float[groups * kGroup]);
+  bias_ = Buffer<float>(groups * kGroup);
 
   // Pass 1: which codes are finite (the others get an infinite bias: they cannot win), and the statistics.
   std::vector<float> sums(tasks * width * kGroup, 0.0f);
@@ -133,7 +134,7 @@ void PackedCodebook::prepare_screen(int threads) {
   const double spread = std::max(0.0, squares / static_cast<double>(finite) - mean_norm);
   const bool centred = view_.metric == Metric::kEuclidean && mean_norm > 0.25 * spread && mean_largest < kInfinity;
   if (centred) {
-    mean_.reset(new float[width]);
+    mean_ = Buffer<float>(width);
     for (std::int64_t d = 0; d < width; ++d) mean_[d] = static_cast<float>(mean[d]);
     view_.mean = mean_.get();
     largest += mean_largest;
@@ -143,7 +144,7 @@ void PackedCodebook::prepare_screen(int threads) {
 
   // Pass 2: the screened codes, their norms and the residuals of rounding them.
   const bool copied = centred || view_.scale != 1 || finite != view_.size;
-  if (copied) screen_.reset(new float[groups * width * kGroup]);
+  if (copied) screen_ = Buffer<float>(groups * width * kGroup);
   std::vector<CodeExtremes> extremes(tasks);
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
     const std::int64_t at = g * width * kGroup;
@@ -195,24 +196,25 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
   constexpr std::int64_t kFewestCodes = 64;  // below, quantising the rows costs more than it saves
   constexpr std::int64_t kWidest = 4096;     // above, the bias does not fit into int16
   const std::int64_t width = view_.width, groups = view_.groups, quads = (width + 3) / 4;
-  if (view_.metric != Metric::kEuclidean || view_.size < kFewestCodes || width < 4 || width > kWidest) return;
+  if (view_.size < kFewestCodes || width < 4 || width > kWidest) return;
   const float scale = screen_largest_ / 127;
   if (!(scale > 0x1p-60f)) return;
 
   if (!floats || screen_) {  // else view() finds them
-    rows_.reset(new float[groups * kGroup * width]);
+    rows_ = Buffer<float>(groups * kGroup * width);
     view_.rows = rows_.get();
     view_.row_stride = width;
   }
-  int8_codes_.reset(new std::int8_t[groups * quads * 4 * kGroup]);
-  int8_start_.reset(new std::int32_t[groups * kGroup]);
-  int8_bias_.reset(new std::int32_t[groups * kGroup]);
+  int8_codes_ = Buffer<std::int8_t>(groups * quads * 4 * kGroup);
+  int8_start_ = Buffer<std::int32_t>(groups * kGroup);
+  int8_whole_start_ = Buffer<std::int32_t>(groups * kGroup);
+  int8_bias_ = Buffer<std::int32_t>(groups * kGroup);
   const RowKernel& kernel = row_kernel();
   std::vector<CodeExtremes> extremes(tasks_of(groups));
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
     kernel.quantise(view_.screen + g * width * kGroup, view_.bias + g * kGroup, width, scale,
                     int8_codes_.get() + g * quads * 4 * kGroup, int8_start_.get() + g * kGroup,
-                    int8_bias_.get() + g * kGroup, &extremes[task]);
+                    int8_whole_start_.get() + g * kGroup, int8_bias_.get() + g * kGroup, &extremes[task]);
     if (!rows_) return;
     const float* group = view_.screen + g * width * kGroup;
     for (int j = 0; j < kGroup; ++j)
@@ -229,8 +231,11 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
   view_.int8_residual =
       std::sqrt(residual * (1 + 1e-6 + static_cast<double>(width) * 0x1p-23)) * (1 + 1e-6) + view_.residual;
   view_.int8_scale = scale;
+  view_.int8_coarser = width <= 16 ? 8.0f : width <= 32 ? 4.0f : width <= 64 ? 2.0f : 0.0f;
+  if (const char* e = std::getenv("COARSER")) view_.int8_coarser = atof(e);
   view_.int8_codes = int8_codes_.get();
   view_.int8_start = int8_start_.get();
+  view_.int8_whole_start = (view_.metric == Metric::kDot ? int8_start_ : int8_whole_start_).get();
   view_.int8_bias = int8_bias_.get();
 }
 

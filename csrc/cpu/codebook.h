@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
+#include "memory.h"
 #include "tensor.h"
 
 namespace fastvq {
@@ -29,8 +29,10 @@ struct CodebookView {
   // The codes once more in int8, or null. docs/certified-search.md, "Screening in int8".
   const std::int8_t* int8_codes = nullptr;   // [groups][ceil(D / 4)][8][4]
   const std::int32_t* int8_start = nullptr;  // [groups][8], -128 times the sum of a code; very negative to exclude it
-  const std::int32_t* int8_bias = nullptr;   // [groups][8], a pair of int16 (low half a, high half b)
+  const std::int32_t* int8_whole_start = nullptr;  // the same less |q|^2 / 2, or no less for the dot product
+  const std::int32_t* int8_bias = nullptr;         // [groups][8], a pair of int16 (low half a, high half b)
   float int8_scale = 0;                      // s_c
+  float int8_coarser = 0;                    // how much coarser than their own, on average, s_c may be for rows
   double int8_residual = 0;                  // E_8, at least max |e - s_c q|
   double bias_error = 0;                     // max ||q|^2 / 2 - 1024 a - 32 b|
   double bias_high = 0, bias_low = 0;        // max a, max |b|
@@ -64,15 +66,16 @@ class PackedCodebook {
 
   CodebookView view_;
   float screen_largest_ = 0;  // max |c~_i|
-  std::unique_ptr<float[]> exact_float_;
-  std::unique_ptr<double[]> exact_double_;
-  std::unique_ptr<float[]> screen_;
-  std::unique_ptr<float[]> bias_;
-  std::unique_ptr<float[]> mean_;
-  std::unique_ptr<float[]> rows_;
-  std::unique_ptr<std::int8_t[]> int8_codes_;
-  std::unique_ptr<std::int32_t[]> int8_start_;
-  std::unique_ptr<std::int32_t[]> int8_bias_;
+  Buffer<float> exact_float_;
+  Buffer<double> exact_double_;
+  Buffer<float> screen_;
+  Buffer<float> bias_;
+  Buffer<float> mean_;
+  Buffer<float> rows_;
+  Buffer<std::int8_t> int8_codes_;
+  Buffer<std::int32_t> int8_start_;
+  Buffer<std::int32_t> int8_whole_start_;
+  Buffer<std::int32_t> int8_bias_;
 };
 
 }  // namespace fastvq

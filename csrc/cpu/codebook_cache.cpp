@@ -23,7 +23,7 @@ struct Kept {
   mutable std::uint64_t token;
   DType dtype;
   bool screened;
-  std::unique_ptr<char[]> codes;  // as they were when packed
+  Buffer<char> codes;  // as they were when packed
   std::int64_t code_bytes;
   std::shared_ptr<const PackedCodebook> packed;
 
@@ -131,7 +131,7 @@ void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCo
   entry->token = unchanged_token;
   entry->dtype = codes.dtype;
   entry->screened = screened;
-  entry->codes.reset(new char[codes.count * bytes]);
+  entry->codes = Buffer<char>(codes.count * bytes);
   entry->code_bytes = codes.count * bytes;
   for_each_run(codes, worth_threads(codes.count * bytes, threads),
                [&](std::int64_t k, std::int64_t count, const char* row) {

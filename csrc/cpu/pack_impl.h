@@ -29,18 +29,22 @@ inline void transpose(Vector (&rows)[kCount]) {
   }
 }
 
-// The sum of the lanes of each of kCount vectors: a transpose that adds the rows on its way.
-template <class Vector, class Index, int kCount>
-inline Vector sum_lanes(Vector (&rows)[kCount]) {
+// The lanes of each of kCount vectors put together by `combine`: a transpose that does so on its way.
+template <class Vector, class Index, int kCount, class Combine>
+inline Vector combine_lanes(Vector (&rows)[kCount], const Combine& combine) {
 #pragma GCC unroll 4
   for (int s = 1; s < kCount; s *= 2) {
     Index upper{}, lower{};
     exchange<Index, kCount>(s, &upper, &lower);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kCount; i += 2 * s)
-      rows[i] = __builtin_shuffle(rows[i], rows[i + s], upper) + __builtin_shuffle(rows[i], rows[i + s], lower);
+      rows[i] = combine(__builtin_shuffle(rows[i], rows[i + s], upper), __builtin_shuffle(rows[i], rows[i + s], lower));
   }
   return rows[0];
+}
+template <class Vector, class Index, int kCount>
+inline Vector sum_lanes(Vector (&rows)[kCount]) {
+  return combine_lanes<Vector, Index, kCount>(rows, [](Vector a, Vector b) { return a + b; });
 }
 
 // out [width][kCount] = the transpose of kCount rows.
@@ -57,19 +61,15 @@ void transpose_rows(const float* const* rows, std::int64_t width, float* out) {
     for (int i = 0; i < kCount; ++i) out[d * kCount + i] = rows[i][d];
 }
 
-typedef std::int32_t LaneIndex __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t GroupIndex __attribute__((vector_size(32)));
 
-void load_rows(const float* const* rows, std::int64_t width, float* out) {
-  transpose_rows<FloatVector, LaneIndex, kLanes>(rows, width, out);
-}
 // out [kLanes][width] = the transpose of `width` columns of kLanes floats that lie `stride` apart.
 void untranspose(const float* columns, std::int64_t stride, std::int64_t width, float* out) {
   std::int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
     FloatVector block[kLanes];
     for (int i = 0; i < kLanes; ++i) block[i] = load<FloatVector>(columns + (d + i) * stride);
-    transpose<FloatVector, LaneIndex, kLanes>(block);
+    transpose<FloatVector, IntVector, kLanes>(block);
     for (int i = 0; i < kLanes; ++i) store(out + i * width + d, block[i]);
   }
   for (; d < width; ++d)
@@ -81,12 +81,14 @@ void load_codes(const float* const* rows, std::int64_t width, float* codes) {
 
 typedef std::uint32_t GroupHash __attribute__((vector_size(32)));
 
+#if !defined(__AVX2__) || defined(__AVX512F__)  // else a group is as wide as the lanes
 inline GroupVector magnitude(GroupVector v) {
   return reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(v) & 0x7fffffff);
 }
 inline GroupVector larger(GroupVector a, GroupVector b) {
   return a > b ? a : b;
 }
+#endif
 
 void measure(const float* codes, std::int64_t width, int count, float* bias, std::uint32_t* hashes,
              CodeStatistics* statistics) {
@@ -157,9 +159,9 @@ void screen_codes(const float* codes, const CodebookView& codebook, float* bias,
   }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(FASTVQ_INT8)
 void quantise_codes(const float* screened, const float* bias, std::int64_t width, float scale, std::int8_t* out,
-                    std::int32_t* start, std::int32_t* bias_pairs, CodeExtremes* extremes) {
+                    std::int32_t* start, std::int32_t* whole_start, std::int32_t* bias_pairs, CodeExtremes* extremes) {
   const GroupVector inverse = 1.0f / (scale - GroupVector{});
   GroupVector residual = {};
   GroupIndex sum = {}, squares = {}, keep;
@@ -182,9 +184,10 @@ void quantise_codes(const float* screened, const float* bias, std::int64_t width
   }
   for (int j = 0; j < kGroup; ++j) {
     bias_pairs[j] = 0;
-    start[j] = kExcluded;
+    start[j] = whole_start[j] = kExcluded;
     if (bias[j] == kInfinity) continue;
     start[j] = -128 * sum[j];
+    whole_start[j] = start[j] - squares[j] / 2;
     // Half the squared norm, a multiple of 1/2, as 1024 a + 32 b, both rounded to nearest.
     const std::int32_t high = (squares[j] / 2 + 512) >> 10, low = (squares[j] / 2 - 1024 * high + 16) >> 5;
     bias_pairs[j] = (high & 0xffff) | static_cast<std::int32_t>(static_cast<std::uint32_t>(low) << 16);

@@ -18,12 +18,13 @@ void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* 
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
   std::vector<double> partial(row_tasks(x.count) * stage_count, 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, width, stages[0].view.groups, threads);
-    std::vector<Working> residuals(width * block.lanes()), sums(width * block.lanes());
-    const Rows residual_rows = dense_rows(residuals.data(), block.lanes(), width);
+    BlockSearch<Working> search(kernel, width, stages[0].view.groups, threads);
+    std::vector<Working> residuals(width * kernel.lanes), sums(width * kernel.lanes);
+    const Rows residual_rows = dense_rows(residuals.data(), kernel.lanes, width);
+    RowBlocks<Working> blocks(kernel, residual_rows);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
-      for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
+      for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
         dispatch(x.dtype, [&](auto* type) {
           using X = std::remove_pointer_t<decltype(type)>;
           for (int l = 0; l < count; ++l) {
@@ -34,8 +35,7 @@ void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* 
         });
         for (std::int64_t q = 0; q < stage_count; ++q) {
           const Rows& codes = stages[q].rows;
-          block.load(residual_rows, 0, count);
-          block.nearest(stages[q], count, true, false, &nearest);
+          search.nearest(stages[q], blocks.load(0, count), count, true, false, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);
@@ -133,7 +133,7 @@ void through_stages(const Rows& x, const Rows& gradients, const std::vector<Rows
   const RowKernel& kernel = row_kernel();
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    WorkingRows<Working> rows(kernel, x), row_gradients(kernel, gradients);
+    RowBlocks<Working> rows(kernel, x), row_gradients(kernel, gradients);
     std::vector<Working> residual(width), code_copy(width);
     std::vector<double> total(width);
     for (std::int64_t task; tasks.next(&task);) {
@@ -170,7 +170,7 @@ void for_each_stage(const Rows& x, const std::vector<Rows>& stages, const std::i
   std::vector<std::int64_t> stage_indices(x.count);
   for (std::int64_t q = 0; q < stage_count; ++q) {
     parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-      WorkingRows<Working> rows(kernel, x);
+      RowBlocks<Working> rows(kernel, x);
       std::vector<Working> code_copy(width);
       for (std::int64_t task; tasks.next(&task);) {
         for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {

@@ -16,7 +16,7 @@ int available_row_kernels(const RowKernel* out[kMaxKernels]) {
   int count = 0;
   out[count++] = &row_kernel_portable;
 #if defined(FASTVQ_HAS_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out[count++] = &row_kernel_avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) out[count++] = &row_kernel_avx2;
 #endif
 #if defined(FASTVQ_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

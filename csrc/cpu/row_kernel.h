@@ -15,12 +15,11 @@ constexpr int kMaxCandidates = 1024;          // (row, code) pairs of a block th
 constexpr int kMaxKernels = 4;
 
 struct RowBlock {
-  bool is_double = false;             // what `rows` points to: double or float
-  const void* rows = nullptr;         // [D][lanes]; lanes past `count` are zero
-  const float* const* row = nullptr;  // [count], each D floats, the same rows where they lie; null where they do not
-  int count = 0;                      // rows that are there
-  bool certify = true;                // false: the best screened code is taken as it is (precision="fast")
-  bool want_value = false;            // fill Nearest::value
+  bool is_double = false;            // what `row` points to: double or float
+  const void* const* row = nullptr;  // [lanes], each D values; those past `count` are copies of the first
+  int count = 0;                     // rows that are there
+  bool certify = true;               // false: the best screened code is taken as it is (precision="fast")
+  bool want_value = false;           // fill Nearest::value
 };
 
 // When int8 screening leaves too many candidates, the next blocks are spared the attempt, and more after each failure.
@@ -38,15 +37,15 @@ struct SearchCounts {
 
 // One a thread; pointers are aligned to 64 bytes.
 struct BlockScratch {
-  float* centred = nullptr;        // [D][lanes]
+  float* centred = nullptr;        // [lanes][D], x~ where it is not x
+  float* columns = nullptr;        // [D][lanes], x~ for the screen in float32
   void* minima = nullptr;          // [min(groups, kScreenGroups), up to a multiple of 4][lanes], of float or int32
+  std::int32_t* fours = nullptr;   // [as many fours of groups, up to a multiple of 16][lanes]; null without int8
+  std::int8_t* bytes = nullptr;    // [lanes][D up to a multiple of 64]; null without int8 screening
   std::int32_t* packed = nullptr;  // [ceil(D / 4)][lanes], four int8 each; null without int8 screening
-  float* row_major = nullptr;      // [lanes][D]; null without int8 screening
-  std::int32_t* fours = nullptr;   // [ceil(min(groups, kScreenGroups) / 4)], and so long is:
-  std::uint64_t* masks = nullptr;
-  int* lane = nullptr;           // [kMaxCandidates]
-  std::int64_t* code = nullptr;  // [kMaxCandidates]
-  float* score = nullptr;        // [kMaxCandidates]
+  int* lane = nullptr;             // [kMaxCandidates]
+  std::int64_t* code = nullptr;    // [kMaxCandidates]
+  float* score = nullptr;          // [kMaxCandidates]
   Int8Trial* trial = nullptr;
   SearchCounts* counts = nullptr;  // null unless somebody asks
 };
@@ -86,9 +85,6 @@ struct RowKernel {
   bool int8;  // screens int8 codebooks
   void (*nearest)(const CodebookView&, const RowBlock&, const BlockScratch&, Nearest*);
 
-  // out [D][lanes] = the transpose of `lanes` rows of D contiguous floats.
-  void (*load_rows)(const float* const* rows, std::int64_t width, float* out);
-
   // out [lanes][D] = the transpose of D columns of `lanes` floats that lie `stride` apart.
   void (*untranspose)(const float* columns, std::int64_t stride, std::int64_t width, float* out);
 
@@ -102,7 +98,7 @@ struct RowKernel {
   void (*screen)(const float* codes, const CodebookView&, float* bias, float* screened, CodeExtremes* extremes);
   // The int8 form of screened codes; see CodebookView.
   void (*quantise)(const float* screened, const float* bias, std::int64_t width, float scale, std::int8_t* out,
-                   std::int32_t* start, std::int32_t* bias_pairs, CodeExtremes* extremes);
+                   std::int32_t* start, std::int32_t* whole_start, std::int32_t* bias_pairs, CodeExtremes* extremes);
 
   // distances [count] = |row - code|^2 in float32, of codes of D floats that lie `stride` apart; returns the smallest.
   float (*scan)(const float* codes, std::int64_t stride, std::int64_t count, std::int64_t width, const float* row,

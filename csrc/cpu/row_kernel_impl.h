@@ -8,6 +8,10 @@
 #include "row_kernel.h"
 #include "simd.h"
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define FASTVQ_INT8  // this instruction set screens in int8
+#endif
+
 namespace fastvq {
 namespace {
 
@@ -64,51 +68,87 @@ struct RowNorms {
 constexpr double kUp = 1 + 1e-6;   // covers the float64 sums of squares
 constexpr float kTame = 0x1p100f;  // squared norms up to here leave no score of the screen infinite
 
-// x~ = float32((x - m) S) in `centred`, or the rows themselves when nothing is to be done.
-const float* centre(const CodebookView& codebook, const RowBlock& block, float* centred, RowNorms* norms) {
-  const float* rows = static_cast<const float*>(block.rows);
+// x~ of the rows of a block, D floats each: float32((x - m) S), or the rows themselves when nothing is to be done.
+struct ScreenedRows {
+  const float* row[kLanes];
+  FloatVector largest;  // max |x~_i|
+};
+
+// Calls f(d, count) for the dimensions of a row, a vector of `count` at a time.
+template <class F>
+inline void for_each_vector(std::int64_t width, const F& f) {
+  std::int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) f(d, kLanes);
+  if (d < width) f(d, static_cast<int>(width - d));
+}
+inline FloatVector load_up_to(const float* p, int count) {
+  return count == kLanes ? load<FloatVector>(p) : load_some(p, count);
+}
+inline void store_up_to(float* p, FloatVector v, int count) {
+  if (count == kLanes) {
+    store(p, v);
+  } else {
+    store_some(p, v, count);
+  }
+}
+
+// out = float32((x - m) S); returns |(x - m) S - out|^2, but for the rounding of x - m to float64.
+double move(const CodebookView& codebook, const float* x, float* out) {
+  double total = 0;
+  for (std::int64_t d = 0; d < codebook.width; ++d) {
+    const double mean = codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0;
+    const double wanted = (static_cast<double>(x[d]) - mean) * codebook.scale;
+    out[d] = static_cast<float>(wanted);
+    const double error = wanted - static_cast<double>(out[d]);
+    total += error * error;
+  }
+  return total;
+}
+
+void centre(const CodebookView& codebook, const RowBlock& block, float* centred, ScreenedRows* rows, RowNorms* norms) {
+  const auto* const* source = reinterpret_cast<const float* const*>(block.row);
   const std::int64_t width = codebook.width;
-  const bool plain = codebook.mean == nullptr && codebook.scale == 1;
-  DoubleVector residual[2] = {};
-  FloatVector squares = {}, errors = {};
-  const bool moved = codebook.mean && codebook.scale == 1;
-  if (moved) {
-    for (std::int64_t d = 0; d < width; ++d) {
-      const FloatVector x = load<FloatVector>(rows + d * kLanes), mean = broadcast(codebook.mean[d]);
-      const FloatVector difference = x - mean, virtual_mean = x - difference;
-      store(centred + d * kLanes, difference);
-      // Exactly what rounding the difference lost (Knuth's two-sum).
-      const FloatVector error = (x - (difference + virtual_mean)) - (mean - virtual_mean);
-      errors += error * error;
+  const bool plain = codebook.mean == nullptr && codebook.scale == 1, moved = codebook.mean && codebook.scale == 1;
+  FloatVector squares[kLanes], largest[kLanes], errors[kLanes];
+  double error[kLanes] = {};
+  for (int l = 0; l < kLanes; ++l) {
+    float* out = centred + l * width;
+    const float* x = source[l];
+    if (moved) {
+      FloatVector minus = {};
+      for_each_vector(width, [&](std::int64_t d, int count) {
+        const FloatVector value = load_up_to(x + d, count), mean = load_up_to(codebook.mean + d, count);
+        const FloatVector difference = value - mean, virtual_mean = value - difference;
+        store_up_to(out + d, difference, count);
+        // Exactly what rounding the difference lost (Knuth's two-sum).
+        const FloatVector lost = (value - (difference + virtual_mean)) - (mean - virtual_mean);
+        minus = subtract_product(minus, lost, lost);
+      });
+      errors[l] = minus;
+    } else if (!plain) {
+      error[l] = move(codebook, x, out);
     }
-  } else if (!plain) {
-    const DoubleVector scale = broadcast(codebook.scale);
-    for (std::int64_t d = 0; d < width; ++d) {
-      const DoubleVector mean = broadcast(codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0);
-      for (int half = 0; half < 2; ++half) {
-        const DoubleVector wanted = (load_wide(rows + d * kLanes + half * kWide) - mean) * scale;
-        const HalfVector rounded = __builtin_convertvector(wanted, HalfVector);
-        store(centred + d * kLanes + half * kWide, rounded);
-        const DoubleVector error = wanted - __builtin_convertvector(rounded, DoubleVector);
-        residual[half] += error * error;
-      }
-    }
+    rows->row[l] = plain ? x : out;
+    FloatVector minus = {}, most = {};
+    for_each_vector(width, [&](std::int64_t d, int count) {
+      const FloatVector value = load_up_to(rows->row[l] + d, count);
+      minus = subtract_product(minus, value, value);
+      most = larger(most, magnitude(value));
+    });
+    squares[l] = minus;
+    largest[l] = most;
   }
-  const float* screened = plain ? rows : centred;
-  for (std::int64_t d = 0; d < width; ++d) {
-    const FloatVector x = load<FloatVector>(screened + d * kLanes);
-    squares += x * x;
-  }
+  rows->largest = combine_lanes<FloatVector, IntVector, kLanes>(
+      largest, [](FloatVector a, FloatVector b) { return larger(a, b); });
   // float32 squares may underflow: the small term covers that for each of D terms.
   const double up = kUp + static_cast<double>(width) * 0x1p-23, under = static_cast<double>(width) * 0x1p-149;
-  float squared[kLanes], two_sum_error[kLanes];
-  double error[kLanes];
-  store(squared, squares);
-  store(two_sum_error, errors);
-  store(error, residual[0]);
-  store(error + kWide, residual[1]);
-  if (moved)
+  float squared[kLanes];
+  store(squared, -sum_lanes<FloatVector, IntVector, kLanes>(squares));
+  if (moved) {
+    float two_sum_error[kLanes];
+    store(two_sum_error, -sum_lanes<FloatVector, IntVector, kLanes>(errors));
     for (int l = 0; l < kLanes; ++l) error[l] = static_cast<double>(two_sum_error[l]) * up + under;
+  }
   const double centring = codebook.mean ? 0x1p-51 : 0;  // the rounding of x - m in float64
   bool any_wild = false;
   for (int l = 0; l < kLanes; ++l) {
@@ -120,12 +160,12 @@ const float* centre(const CodebookView& codebook, const RowBlock& block, float* 
     norms->residual[l] = (__builtin_sqrt(error[l]) + centring * norms->norm[l]) * kUp;
   }
   norms->any_wild = any_wild;
-  if (any_wild) {
-    for (std::int64_t d = 0; d < width; ++d)
-      for (int l = 0; l < kLanes; ++l) centred[d * kLanes + l] = norms->wild[l] ? 0 : screened[d * kLanes + l];
-    screened = centred;
+  if (!any_wild) return;
+  for (int l = 0; l < kLanes; ++l) {  // never to be screened: zeros
+    if (!norms->wild[l]) continue;
+    for (std::int64_t d = 0; d < width; ++d) centred[l * width + d] = 0;
+    rows->row[l] = centred + l * width;
   }
-  return screened;
 }
 
 // ---- re-score ----
@@ -135,7 +175,7 @@ template <bool kDot, class X, class C>
 class Rescore {
  public:
   Rescore(const CodebookView& codebook, const RowBlock& block)
-      : codebook_(codebook), rows_(static_cast<const X*>(block.rows)) {
+      : codebook_(codebook), rows_(reinterpret_cast<const X* const*>(block.row)) {
     for (int l = 0; l < kLanes; ++l) {
       index_[l] = -1;
       best_[l] = __builtin_inf();
@@ -184,13 +224,13 @@ class Rescore {
     const X* x[kPairs];
     const C* c[kPairs];
     for (int p = 0; p < kPairs; ++p) {
-      x[p] = rows_ + lane_[p];
+      x[p] = rows_[lane_[p]];
       c[p] = static_cast<const C*>(codebook_.exact) + group_[p] * width * kGroup;
     }
     DoubleVector total[kPairs][kPieces] = {};
     for (std::int64_t d = 0; d < width; ++d) {
       for (int p = 0; p < kPairs; ++p) {
-        const DoubleVector value = broadcast(static_cast<double>(x[p][d * kLanes]));
+        const DoubleVector value = broadcast(static_cast<double>(x[p][d]));
         for (int i = 0; i < kPieces; ++i) {
           const DoubleVector code = load_wide(c[p] + d * kGroup + i * kWide);
           if (kDot) {
@@ -221,7 +261,7 @@ class Rescore {
   }
 
   const CodebookView& codebook_;
-  const X* rows_;
+  const X* const* rows_;
   double best_[kLanes];   // what is minimised: the distance, or minus the dot product
   double value_[kLanes];  // the distance or the dot product
   std::int64_t index_[kLanes];
@@ -249,13 +289,14 @@ class Candidates {
 
   int count() const { return count_; }
   bool room_for(int more) const { return count_ + more <= kMaxCandidates; }
-  // A code to be scored later: by then its memory may have arrived.
-  void note(int lane, std::int64_t code) {
+  // A code to be scored later: by then its memory may have arrived. There must be room, wanted or not.
+  void note_if(bool wanted, int lane, std::int64_t code) {
     scratch_.lane[count_] = lane;
-    scratch_.code[count_++] = code;
+    scratch_.code[count_] = code;
+    count_ += wanted;
   }
   void add(int lane, std::int64_t code, float score) {
-    note(lane, code);
+    note_if(true, lane, code);
     keep(score);
   }
   // Scores the codes that were noted, by score_of(lane, code).
@@ -335,11 +376,17 @@ struct Bounds {
     if (!block.certify) {
       for (int l = 0; l < kLanes; ++l) out[l] = best[l];
     } else {
+      const Certificate known = certificate;  // a copy of its own: the loops below are vectorised
+      double bound[kLanes];
+      if (euclidean) {
+        for (int l = 0; l < kLanes; ++l) bound[l] = known.threshold(best[l], norms.norm[l], norms.residual[l], true);
+      } else {
+        for (int l = 0; l < kLanes; ++l) bound[l] = known.threshold(best[l], norms.norm[l], norms.residual[l], false);
+      }
       for (int l = 0; l < kLanes; ++l) {
-        const auto bound =
-            static_cast<float>(certificate.threshold(best[l], norms.norm[l], norms.residual[l], euclidean));
-        const float size = bound < 0 ? -bound : bound;
-        out[l] = bound + size * 0x1p-22f + 0x1p-140f;  // a step up and more: covers the rounding to float32
+        const auto rounded = static_cast<float>(bound[l]);
+        const float size = rounded < 0 ? -rounded : rounded;
+        out[l] = rounded + size * 0x1p-22f + 0x1p-140f;  // a step up and more: covers the rounding to float32
       }
     }
     if (norms.any_wild)
@@ -351,7 +398,7 @@ struct Bounds {
 }  // namespace
 }  // namespace fastvq
 
-#if defined(__AVX512VNNI__)
+#if defined(FASTVQ_INT8)
 #include "int8_screen.h"
 #endif
 
@@ -363,7 +410,7 @@ namespace {
 template <class Exact>
 class GroupScores {
  public:
-  GroupScores(const CodebookView& codebook, const float* rows, Candidates* candidates, Exact* exact)
+  GroupScores(const CodebookView& codebook, const float* const* rows, Candidates* candidates, Exact* exact)
       : codebook_(codebook), rows_(rows), candidates_(candidates), exact_(exact) {}
 
   void add(int lane, std::int64_t group, float limit) {
@@ -389,13 +436,13 @@ class GroupScores {
     GroupVector s[kTogether];
     for (int p = 0; p < kTogether; ++p) {
       const int i = p < pending_ ? p : 0;
-      x[p] = rows_ + lane_[i];
+      x[p] = rows_[lane_[i]];
       c[p] = codebook_.screen + group_[i] * codebook_.width * kGroup;
       s[p] = load<GroupVector>(codebook_.bias + group_[i] * kGroup);
     }
     for (std::int64_t d = 0; d < codebook_.width; ++d)
       for (int p = 0; p < kTogether; ++p)
-        s[p] = subtract_product(s[p], x[p][d * kLanes] - GroupVector{}, load<GroupVector>(c[p] + d * kGroup));
+        s[p] = subtract_product(s[p], x[p][d] - GroupVector{}, load<GroupVector>(c[p] + d * kGroup));
     if (!candidates_->room_for(kTogether * kGroup)) {
       candidates_->all_exact(exact_);
       spilled_ = true;
@@ -412,7 +459,7 @@ class GroupScores {
   }
 
   const CodebookView& codebook_;
-  const float* rows_;
+  const float* const* rows_;
   Candidates* candidates_;
   Exact* exact_;
   int pending_ = 0;
@@ -424,15 +471,16 @@ class GroupScores {
 
 // Screens all codes in float32. Returns whether candidates had to go to the exact re-score for want of room.
 template <class Exact>
-bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const float* rows,
+bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const float* const* rows,
                       const BlockScratch& scratch, Candidates* candidates, Exact* exact) {
+  transpose_rows<FloatVector, IntVector, kLanes>(rows, codebook.width, scratch.columns);
   FloatVector best = broadcast(kInfinity);
   GroupScores<Exact> scores(codebook, rows, candidates, exact);
   float* minima = static_cast<float*>(scratch.minima);
   for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
     const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
     best = screen(codebook.screen + first * codebook.width * kGroup, codebook.bias + first * kGroup, groups,
-                  codebook.width, rows, minima, best);
+                  codebook.width, scratch.columns, minima, best);
     float so_far[kLanes], limits[kLanes];
     store(so_far, best);
     bounds.thresholds(so_far, limits);
@@ -452,16 +500,17 @@ template <bool kDot>
 void screened_nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch,
                       const Certificate& certificate, Nearest* nearest) {
   RowNorms norms;
-  const float* rows = centre(codebook, block, scratch.centred, &norms);
+  ScreenedRows rows;
+  centre(codebook, block, scratch.centred, &rows, &norms);
   const Bounds bounds{certificate, norms, block, !kDot};
   Rescore<kDot, float, float> exact(codebook, block);
   Candidates candidates(scratch);
   bool decided[kLanes] = {};
   bool spilled = false;
-#if defined(__AVX512VNNI__)
+#if defined(FASTVQ_INT8)
   if (!codebook.int8_codes || !int8_candidates(codebook, bounds, rows, scratch, &candidates))
 #endif
-    spilled = float_candidates(codebook, bounds, rows, scratch, &candidates, &exact);
+    spilled = float_candidates(codebook, bounds, rows.row, scratch, &candidates, &exact);
   if (spilled) {
     candidates.all_exact(&exact);
   } else {
@@ -555,7 +604,7 @@ void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScr
 #define FASTVQ_TEXT(isa) #isa
 #define FASTVQ_STRING(isa) FASTVQ_TEXT(isa)
 extern const RowKernel FASTVQ_KERNEL(FASTVQ_ISA);
-#if defined(__AVX512VNNI__)
+#if defined(FASTVQ_INT8)
 constexpr bool kInt8 = true;
 constexpr auto kQuantiseCodes = quantise_codes;
 #else
@@ -566,7 +615,6 @@ const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              kLanes,
                                              kInt8,
                                              nearest,
-                                             load_rows,
                                              untranspose,
                                              load_codes,
                                              measure,

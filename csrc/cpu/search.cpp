@@ -11,12 +11,12 @@ void search_head(const Rows& x, const SearchCodes& codes, bool certify, std::int
                  std::int64_t first_row, int threads) {
   const RowKernel& kernel = row_kernel();
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<X> block(kernel, x.width, codes.view.groups, threads);
+    RowBlocks<X> blocks(kernel, x);
+    BlockSearch<X> search(kernel, x.width, codes.view.groups, threads);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
-      for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
-        block.load(x, first, count);
-        block.nearest(codes, count, certify, distances.data != nullptr, &nearest);
+      for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
+        search.nearest(codes, blocks.load(first, count), count, certify, distances.data != nullptr, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first_row + first + l;
           indices[n] = nearest.index[l];
@@ -62,14 +62,14 @@ SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads)
   dispatch_working(is_double, [&](auto* type) {
     using X = std::remove_pointer_t<decltype(type)>;
     parallel(row_tasks(rows.count), threads, [&](Tasks& tasks) {
-      BlockSearch<X> block(row_kernel(), rows.width, ready.view.groups, threads);
+      RowBlocks<X> blocks(row_kernel(), rows);
+      BlockSearch<X> search(row_kernel(), rows.width, ready.view.groups, threads);
       SearchCounts counts;
-      block.count_in(&counts);
+      search.count_in(&counts);
       Nearest nearest;
       for (std::int64_t task; tasks.next(&task);) {
-        for_each_block(task, rows.count, block.lanes(), [&](std::int64_t first, int count) {
-          block.load(rows, first, count);
-          block.nearest(ready, count, true, false, &nearest);
+        for_each_block(task, rows.count, blocks.lanes(), [&](std::int64_t first, int count) {
+          search.nearest(ready, blocks.load(first, count), count, true, false, &nearest);
         });
       }
       const std::lock_guard<std::mutex> lock(mutex);

@@ -25,6 +25,7 @@ constexpr int kLanes = 4;
 constexpr int kWide = kLanes / 2;  // doubles in a vector
 
 typedef float FloatVector __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t IntVector __attribute__((vector_size(kLanes * 4)));
 typedef float HalfVector __attribute__((vector_size(kWide * 4)));
 typedef double DoubleVector __attribute__((vector_size(kLanes * 4)));
 
@@ -39,8 +40,29 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// The first `count` values at p, zeros after them.
+inline FloatVector load_some(const float* p, int count) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  FloatVector v = {};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_some(float* p, FloatVector v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#else
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 inline FloatVector broadcast(float v) {
   return v - FloatVector{};
+}
+inline IntVector broadcast(std::int32_t v) {
+  return v - IntVector{};
 }
 inline DoubleVector broadcast(double v) {
   return v - DoubleVector{};
@@ -89,6 +111,21 @@ inline FloatVector smaller(FloatVector a, FloatVector b) {
 #else
   return a < b ? a : b;
 #endif
+}
+
+inline FloatVector larger(FloatVector a, FloatVector b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline FloatVector magnitude(FloatVector v) {
+  return reinterpret_cast<FloatVector>(reinterpret_cast<IntVector>(v) & 0x7fffffff);
 }
 
 // One bit a lane: a <= b.

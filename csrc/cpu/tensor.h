@@ -108,6 +108,17 @@ struct Rows {
   T* row(std::int64_t n) const {
     return static_cast<T*>(data) + offset(n);
   }
+
+  // out[i] = row first + i, for i below `count`.
+  template <class T>
+  void rows_from(std::int64_t first, int count, const T** out) const {
+    if (dims == 1) {
+      const T* row = static_cast<const T*>(data) + first * strides[0];
+      for (int i = 0; i < count; ++i, row += strides[0]) out[i] = row;
+    } else {
+      for (int i = 0; i < count; ++i) out[i] = row<T>(first + i);
+    }
+  }
 };
 
 // Rows of float or double that lie one after another.

@@ -30,6 +30,15 @@ void dispatch_pair(DType x, DType codebook, const F& f) {
   dispatch(x, [&](auto* x_type) { dispatch(codebook, [&](auto* code_type) { f(x_type, code_type); }); });
 }
 
+// |row - code|^2
+template <class Working, class Code>
+double distance(const RowKernel& kernel, const Working* row, const Code* code, std::int64_t step, std::int64_t width) {
+  if constexpr (std::is_same_v<Working, float> && std::is_same_v<Code, float>) {
+    if (step == 1) return kernel.squared_distance(row, code, width);
+  }
+  return squared_distance(row, 1, code, step, width);
+}
+
 std::int64_t counted_rows(const std::uint8_t* mask, std::int64_t rows) {
   return mask ? std::count(mask, mask + rows, std::uint8_t{1}) : rows;
 }
@@ -41,31 +50,19 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
   const RowKernel& kernel = row_kernel();
   std::vector<double> partial(row_tasks(x.count), 0.0);
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
-    BlockSearch<Working> block(kernel, x.width, codes.view.groups, threads);
+    RowBlocks<Working> blocks(kernel, x);
+    BlockSearch<Working> search(kernel, x.width, codes.view.groups, threads);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
-      for_each_block(task, x.count, block.lanes(), [&](std::int64_t first, int count) {
-        block.load(x, first, count);
-        block.nearest(codes, count, true, false, &nearest);
+      for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
+        const Working* const* row = blocks.load(first, count);
+        search.nearest(codes, row, count, true, false, &nearest);
         for (int l = 0; l < count; ++l) {
           indices[first + l] = nearest.index[l];
           const Code* code = codes.rows.row<Code>(nearest.index[l]);
           copy_code(code, codes.rows.step, x.width, quantized + (first + l) * x.width);
+          if (!mask || mask[first + l]) partial[task] += distance(kernel, row[l], code, codes.rows.step, x.width);
         }
-        const auto add_distances = [&](const auto& distance) {
-          for (int l = 0; l < count; ++l)
-            if (!mask || mask[first + l]) partial[task] += distance(l, codes.rows.row<Code>(nearest.index[l]));
-        };
-        if constexpr (std::is_same_v<Working, float> && std::is_same_v<Code, float>) {
-          if (codes.rows.step == 1) {
-            const float* const* rows = block.row_major();
-            return add_distances(
-                [&](int l, const float* code) { return kernel.squared_distance(rows[l], code, x.width); });
-          }
-        }
-        add_distances([&](int l, const Code* code) {
-          return squared_distance(block.rows() + l, block.lanes(), code, codes.rows.step, x.width);
-        });
       });
     }
   });
@@ -119,7 +116,7 @@ void pull_head(const Rows& x, const Rows& gradients, const Rows& codes, const st
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
     if constexpr (std::is_same_v<X, float> && std::is_same_v<Code, float>) {
       if (codes.step == 1) {
-        FloatRows row_blocks(kernel, x), gradient_blocks(kernel, gradients);
+        RowBlocks<float> row_blocks(kernel, x), gradient_blocks(kernel, gradients);
         for (std::int64_t task; tasks.next(&task);) {
           for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
             const float* const* row = row_blocks.load(first, count);

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ except ImportError as error:
     _import_error = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_LARGE = 1 << 20  # bytes of a result from which on its memory is kept when it is let go
 _MAX_DIMS = 12  # of a tensor that is read where it lies; any other is copied
 
 
@@ -69,6 +71,15 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor for results; a large one in memory that fastvq keeps for reuse, since fresh pages cost much."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_kernels.Bytes(size), dtype=dtype, count=count).resize_(shape)
+
+
 def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
     """Indices (...), and squared distances or scores (...) when asked for, else an empty tensor."""
     x, codebook = _readable(x), _readable(codebook)
@@ -106,7 +117,7 @@ def vector_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
     x, codebook, mask = _readable(x), _readable(codebook), _dense(mask)
-    quantized = torch.empty(x.shape, dtype=x.dtype)
+    quantized = _empty(x.shape, x.dtype)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
     loss = torch.empty((), dtype=working_dtype(x, codebook))
     _kernels.vector_quantize(
@@ -139,8 +150,8 @@ def vector_quantize_backward(
     """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
     grad_quantized, x, codebook, mask = _readable(grad_quantized), _readable(x), _readable(codebook), _dense(mask)
     indices = indices.contiguous()
-    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
-    grad_codebook = torch.empty(codebook.shape if need_codebook else (0,), dtype=codebook.dtype)
+    grad_x = _empty(x.shape if need_x else (0,), x.dtype)
+    grad_codebook = _empty(codebook.shape if need_codebook else (0,), codebook.dtype)
     _kernels.vector_quantize_backward(
         _pass(grad_quantized),
         grad_loss.item(),
@@ -165,7 +176,7 @@ def code_sums(
     x, indices, mask = _readable(x), indices.contiguous(), _dense(mask)
     heads = x.shape[:1] if per_head else ()
     counts = torch.empty((*heads, codebook_size), dtype=working_dtype(x))
-    sums = torch.empty((*heads, codebook_size, x.shape[-1]), dtype=working_dtype(x))
+    sums = _empty((*heads, codebook_size, x.shape[-1]), working_dtype(x))
     _kernels.code_sums(
         _pass(x),
         per_head,
@@ -193,7 +204,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor
     """Quantized (..., D), indices (..., Q), losses (Q,); residuals rounded once a stage."""
     x, codebooks = _readable(x), _readable(codebooks)
     stages = codebooks.shape[-3]
-    quantized = torch.empty(x.shape, dtype=x.dtype)
+    quantized = _empty(x.shape, x.dtype)
     indices = torch.empty((*x.shape[:-1], stages), dtype=torch.int64)
     losses = torch.empty((stages,), dtype=working_dtype(x, codebooks))
     _kernels.residual_quantize(
@@ -223,8 +234,8 @@ def residual_quantize_backward(
     grad_quantized, x, codebooks = _readable(grad_quantized), _readable(x), _readable(codebooks)
     losses = grad_losses.to(torch.float64).contiguous()
     indices = indices.contiguous()
-    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
-    grad_codebooks = torch.empty(codebooks.shape if need_codebooks else (0,), dtype=codebooks.dtype)
+    grad_x = _empty(x.shape if need_x else (0,), x.dtype)
+    grad_codebooks = _empty(codebooks.shape if need_codebooks else (0,), codebooks.dtype)
     _kernels.residual_quantize_backward(
         _pass(grad_quantized),
         losses.data_ptr(),
@@ -253,7 +264,7 @@ def residual_code_sums(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[T
 def rotate_back(gradient: Tensor, x: Tensor, codes: Tensor, indices: Tensor | None) -> Tensor:
     """The gradient (..., D) turned from the codes back to the rows, summed over the stages, in the dtype of x."""
     gradient, x, codes, indices = _readable(gradient), _readable(x), _readable(codes), _dense(indices)
-    turned = torch.empty(x.shape, dtype=x.dtype)
+    turned = _empty(x.shape, x.dtype)
     _kernels.rotate_back(
         _pass(gradient), _pass(x), _pass(codes), _address(indices), turned.data_ptr(), torch.get_num_threads()
     )
