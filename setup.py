@@ -27,6 +27,7 @@ AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "avx2": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "avx512vnni": [*AVX512, "-mavx512vnni"],
 }

@@ -68,9 +68,9 @@ fastvq::Metric metric_of(bool dot) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastvq's CPU kernels";
 
-  py::class_<Bytes>(m, "Bytes", py::buffer_protocol())
-      .def(py::init<std::int64_t>())
-      .def_buffer([](const Bytes& b) { return py::buffer_info(static_cast<char*>(b.memory.data()), b.count); });
+  py::class_<Bytes>(m, "Bytes", py::buffer_protocol()).def(py::init<std::int64_t>()).def_buffer([](const Bytes& b) {
+    return py::buffer_info(static_cast<char*>(b.memory.data()), b.count);
+  });
 
   m.def("instruction_sets", [] {
     const fastvq::RowKernel* kernels[fastvq::kMaxKernels];

@@ -31,12 +31,12 @@ struct CodebookView {
   const std::int32_t* int8_start = nullptr;  // [groups][8], -128 times the sum of a code; very negative to exclude it
   const std::int32_t* int8_whole_start = nullptr;  // the same less |q|^2 / 2, or no less for the dot product
   const std::int32_t* int8_bias = nullptr;         // [groups][8], a pair of int16 (low half a, high half b)
-  float int8_scale = 0;                      // s_c
-  float int8_coarser = 0;                    // how much coarser than their own, on average, s_c may be for rows
-  double int8_residual = 0;                  // E_8, at least max |e - s_c q|
-  double bias_error = 0;                     // max ||q|^2 / 2 - 1024 a - 32 b|
-  double bias_high = 0, bias_low = 0;        // max a, max |b|
-  const float* rows = nullptr;               // c~ once more, code k at rows + k * row_stride; with int8_codes only
+  float int8_scale = 0;                            // s_c
+  float int8_coarser = 0;                          // how much coarser than their own, on average, s_c may be for rows
+  double int8_residual = 0;                        // E_8, at least max |e - s_c q|
+  double bias_error = 0;                           // max ||q|^2 / 2 - 1024 a - 32 b|
+  double bias_high = 0, bias_low = 0;              // max a, max |b|
+  const float* rows = nullptr;  // c~ once more, code k at rows + k * row_stride; with int8_codes only
   std::int64_t row_stride = 0;
 
   double scale = 1;        // S, a power of two

@@ -66,13 +66,18 @@ void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor
     const std::int64_t size = codes.count;
     std::vector<double> sizes(size);
     double total = 0;
-    for (std::int64_t k = 0; k < size; ++k) {
-      const std::int64_t at = h * cluster_size.strides[0] + k * cluster_size.strides[1];
-      sizes[k] =
-          decay * read(cluster_size, at) + (1 - decay) * read(counts, h * counts.strides[0] + k * counts.strides[1]);
-      write(cluster_size, at, sizes[k]);
-      total += sizes[k];
-    }
+    dispatch_pair(cluster_size.dtype, counts.dtype, [&](auto* size_type, auto* count_type) {
+      using Size = std::remove_pointer_t<decltype(size_type)>;
+      using Count = std::remove_pointer_t<decltype(count_type)>;
+      Size* stored = static_cast<Size*>(cluster_size.data) + h * cluster_size.strides[0];
+      const Count* fresh = static_cast<const Count*>(counts.data) + h * counts.strides[0];
+      for (std::int64_t k = 0; k < size; ++k) {
+        Size& at = stored[k * cluster_size.strides[1]];
+        sizes[k] = decay * widen(at) + (1 - decay) * widen(fresh[k * counts.strides[1]]);
+        at = narrow<Size>(sizes[k]);
+        total += sizes[k];
+      }
+    });
     parallel((size + kCodesPerTask - 1) / kCodesPerTask, threads, [&](Tasks& tasks) {
       for (std::int64_t task; tasks.next(&task);) {
         const std::int64_t end = std::min(size, (task + 1) * kCodesPerTask);

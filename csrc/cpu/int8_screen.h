@@ -1,10 +1,10 @@
 // Screening in int8 (AVX-512 VNNI, AVX-VNNI): part of row_kernel_impl.h. docs/certified-search.md, "Screening in int8".
 //
 // For a row x~ = s_x p and a code c~ = s_c q, with p and q in int8, the screened score is the integer
-// I = p . q - |q|^2 / 2 * s_c / s_x, the larger the nearer; for the dot product p . q. The dot product is exact; vpdpbusd
-// wants one unsigned operand, so the row is stored as p + 128 and the accumulator starts at -128 times the sum of q.
-// Rows that the scale of the codes serves well take it, s_x = s_c, and the accumulator starts at the whole bias. For
-// other rows the bias is one int16 dot product more, of (a, b) of the code, |q|^2 / 2 = 1024 a + 32 b + error, and
+// I = p . q - |q|^2 / 2 * s_c / s_x, the larger the nearer; for the dot product p . q. The dot product is exact;
+// vpdpbusd wants one unsigned operand, so the row is stored as p + 128 and the accumulator starts at -128 times the sum
+// of q. Rows that the scale of the codes serves well take it, s_x = s_c, and the accumulator starts at the whole bias.
+// For other rows the bias is one int16 dot product more, of (a, b) of the code, |q|^2 / 2 = 1024 a + 32 b + error, and
 // (-f, -g) of the row.
 
 namespace fastvq {
@@ -22,7 +22,9 @@ inline void add_dot2(IntVector& acc, IntVector pair, const std::int32_t* code) {
 #define FASTVQ_VNNI ""
 #define FASTVQ_VNNI_REGISTER "v"
 #else
-#if !defined(FASTVQ_VNNI)  // tests run these on AVX-512 VNNI, in its encoding
+#if defined(FASTVQ_EVEX)  // tests run these where only the encoding of AVX-512 is known
+#define FASTVQ_VNNI ""
+#else
 #define FASTVQ_VNNI "%{vex%} "
 #endif
 #define FASTVQ_VNNI_REGISTER "x"
@@ -347,9 +349,10 @@ class Int8Candidates {
     Best best = {broadcast(kExcluded), broadcast(-1)};
     for (std::int64_t first = 0; first < codebook_.groups; first += kScreenGroups) {
       const std::int64_t left = codebook_.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
-      (row_bias ? screen_int8<true> : screen_int8<false>)(
-          codes + first * quads * kGroup, start + first * kGroup, codebook_.int8_bias + first * kGroup, groups, quads,
-          scratch_.packed, load<IntVector>(quantised_.bias), maxima_, scratch_.fours, first / kFour, &best);
+      (row_bias ? screen_int8<true> : screen_int8<false>)(codes + first * quads * kGroup, start + first * kGroup,
+                                                          codebook_.int8_bias + first * kGroup, groups, quads,
+                                                          scratch_.packed, load<IntVector>(quantised_.bias), maxima_,
+                                                          scratch_.fours, first / kFour, &best);
       if (!candidates_->room_for(kLanes * kGroup) || !take(first, groups, best)) return false;
     }
     return true;
@@ -428,8 +431,8 @@ class Int8Candidates {
     return true;
   }
 
-  // Notes the codes of a group that are set in `near`, and asks for their memory where that is far away. Most often there is one at most: that
-  // one without a branch.
+  // Notes the codes of a group that are set in `near`, and asks for their memory where that is far away. Most often
+  // there is one at most: that one without a branch.
   void note(int lane, std::int64_t group, unsigned near) {
     note_first(lane, group, near);
     for (near &= near - 1; __builtin_expect(near != 0, 0); near &= near - 1) note_first(lane, group, near);

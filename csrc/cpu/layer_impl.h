@@ -25,10 +25,22 @@ double squared_distance(const float* row, const float* code, std::int64_t width)
   return total;
 }
 
+// out = code; returns |row - code|^2, as above.
+double copy_code(const float* row, const float* code, std::int64_t width, float* out) {
+  std::int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(out + d, load<FloatVector>(code + d));
+  for (; d < width; ++d) out[d] = code[d];
+  return squared_distance(row, code, width);
+}
+
 // out = gradient + pull * (row - code)
 void pull_rows(const float* gradient, const float* row, const float* code, double pull, std::int64_t width,
                float* out) {
-  for (std::int64_t d = 0; d < width; ++d) {
+  const DoubleVector factor = broadcast(pull);
+  std::int64_t d = 0;
+  for (; d + kWide <= width; d += kWide)
+    store(out + d, narrow_half(load_wide(gradient + d) + factor * (load_wide(row + d) - load_wide(code + d))));
+  for (; d < width; ++d) {
     const double difference = static_cast<double>(row[d]) - static_cast<double>(code[d]);
     out[d] = static_cast<float>(static_cast<double>(gradient[d]) + pull * difference);
   }
@@ -36,7 +48,9 @@ void pull_rows(const float* gradient, const float* row, const float* code, doubl
 
 // total += row
 void add_row(const float* row, std::int64_t width, double* total) {
-  for (std::int64_t d = 0; d < width; ++d) total[d] += static_cast<double>(row[d]);
+  std::int64_t d = 0;
+  for (; d + kWide <= width; d += kWide) store(total + d, load<DoubleVector>(total + d) + load_wide(row + d));
+  for (; d < width; ++d) total[d] += static_cast<double>(row[d]);
 }
 
 // out[j] = the sum over the dimensions of terms(gradient, row, code)[j], in eight parts each as in squared_distance.

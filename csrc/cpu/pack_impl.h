@@ -132,7 +132,7 @@ void screen_codes(const float* codes, const CodebookView& codebook, float* bias,
       const DoubleVector mean = broadcast(codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0);
       for (int i = 0; i < kPieces; ++i) {
         const DoubleVector wanted = (load_wide(codes + d * kGroup + i * kWide) - mean) * scale;
-        store(screened + d * kGroup + i * kWide, __builtin_convertvector(wanted, HalfVector));
+        store(screened + d * kGroup + i * kWide, narrow_half(wanted));
       }
       for (int j = 0; j < kGroup; ++j)
         if (bias[j] != 0) screened[d * kGroup + j] = 0;

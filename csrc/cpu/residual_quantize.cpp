@@ -10,6 +10,16 @@
 namespace fastvq {
 namespace {
 
+// |residual - code|^2
+template <class Working, class Code>
+double distance(const RowKernel& kernel, const Working* residual, const Code* code, std::int64_t step,
+                std::int64_t width) {
+  if constexpr (std::is_same_v<Working, float> && std::is_same_v<Code, float>) {
+    if (step == 1) return kernel.squared_distance(residual, code, width);
+  }
+  return squared_distance(residual, 1, code, step, width);
+}
+
 // All stages of a block of rows while it is in cache. `losses` gets the sums of squared differences, a stage each.
 template <class Working>
 void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* quantized, std::int64_t* indices,
@@ -42,7 +52,7 @@ void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* 
               Working* residual = residuals.data() + l * width;
               Working* sum = sums.data() + l * width;
               indices[(first + l) * stage_count + q] = nearest.index[l];
-              partial[task * stage_count + q] += squared_distance(residual, 1, code, codes.step, width);
+              partial[task * stage_count + q] += distance(kernel, residual, code, codes.step, width);
               const auto subtract = [&](std::int64_t step) {
                 for (std::int64_t d = 0; d < width; ++d) {
                   const Working c = static_cast<Working>(widen(code[d * step]));

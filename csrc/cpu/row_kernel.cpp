@@ -9,14 +9,34 @@ namespace fastvq {
 
 extern const RowKernel row_kernel_portable;
 extern const RowKernel row_kernel_avx2;
+extern const RowKernel row_kernel_avxvnni;
 extern const RowKernel row_kernel_avx512;
 extern const RowKernel row_kernel_avx512vnni;
+
+#if defined(FASTVQ_HAS_AVXVNNI)
+namespace {
+
+bool has_avx_vnni() {
+#if defined(FASTVQ_EVEX)  // tests, on a machine that has only the encoding of AVX-512
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#else
+  return __builtin_cpu_supports("avxvnni");
+#endif
+}
+
+}  // namespace
+#endif
 
 int available_row_kernels(const RowKernel* out[kMaxKernels]) {
   int count = 0;
   out[count++] = &row_kernel_portable;
 #if defined(FASTVQ_HAS_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) out[count++] = &row_kernel_avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    out[count++] = &row_kernel_avx2;
+#if defined(FASTVQ_HAS_AVXVNNI)
+    if (has_avx_vnni()) out[count++] = &row_kernel_avxvnni;
+#endif
+  }
 #endif
 #if defined(FASTVQ_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

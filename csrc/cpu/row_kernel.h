@@ -12,7 +12,7 @@ constexpr int kMaxLanes = 16;                 // the widest block of rows of any
 constexpr std::int64_t kScreenGroups = 2048;  // groups screened before candidates are taken: bounds the scratch
 constexpr int kMaxCandidates = 1024;          // (row, code) pairs of a block that are kept with their float32 scores
 
-constexpr int kMaxKernels = 4;
+constexpr int kMaxKernels = 5;
 
 struct RowBlock {
   bool is_double = false;            // what `row` points to: double or float
@@ -106,6 +106,7 @@ struct RowKernel {
 
   // Loops of the layer over rows of D floats each, in float64; see layer_impl.h.
   double (*squared_distance)(const float* row, const float* code, std::int64_t width);
+  double (*copy_code)(const float* row, const float* code, std::int64_t width, float* out);
   void (*pull)(const float* gradient, const float* row, const float* code, double pull, std::int64_t width, float* out);
   void (*add_row)(const float* row, std::int64_t width, double* total);
   StageLoops<float> stage;

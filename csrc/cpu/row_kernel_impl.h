@@ -138,8 +138,8 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
     squares[l] = minus;
     largest[l] = most;
   }
-  rows->largest = combine_lanes<FloatVector, IntVector, kLanes>(
-      largest, [](FloatVector a, FloatVector b) { return larger(a, b); });
+  rows->largest =
+      combine_lanes<FloatVector, IntVector, kLanes>(largest, [](FloatVector a, FloatVector b) { return larger(a, b); });
   // float32 squares may underflow: the small term covers that for each of D terms.
   const double up = kUp + static_cast<double>(width) * 0x1p-23, under = static_cast<double>(width) * 0x1p-149;
   float squared[kLanes];
@@ -622,6 +622,7 @@ const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              kQuantiseCodes,
                                              scan,
                                              squared_distance,
+                                             copy_code,
                                              pull_rows,
                                              add_row,
                                              {pull_stage<float>, turn_stage<float>},

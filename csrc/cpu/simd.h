@@ -68,7 +68,18 @@ inline DoubleVector broadcast(double v) {
   return v - DoubleVector{};
 }
 inline DoubleVector load_wide(const float* p) {
+#if defined(__AVX512F__)  // gcc 12 converts in halves
+  return _mm512_cvtps_pd(_mm256_loadu_ps(p));
+#else
   return __builtin_convertvector(load<HalfVector>(p), DoubleVector);
+#endif
+}
+inline HalfVector narrow_half(DoubleVector v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtpd_ps(v);
+#else
+  return __builtin_convertvector(v, HalfVector);
+#endif
 }
 inline DoubleVector load_wide(const double* p) {
   return load<DoubleVector>(p);

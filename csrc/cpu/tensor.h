@@ -192,4 +192,10 @@ inline void dispatch(DType dtype, F&& f) {
   }
 }
 
+// Calls f with null pointers of two element types.
+template <class F>
+void dispatch_pair(DType first, DType second, const F& f) {
+  dispatch(first, [&](auto* first_type) { dispatch(second, [&](auto* second_type) { f(first_type, second_type); }); });
+}
+
 }  // namespace fastvq

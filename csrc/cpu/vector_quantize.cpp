@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -12,30 +11,14 @@
 namespace fastvq {
 namespace {
 
-// The code of each row, in the dtype of x.
-template <class X, class Code>
-void copy_code(const Code* code, std::int64_t step, std::int64_t width, X* out) {
-  if constexpr (std::is_same_v<X, Code>) {
-    if (step == 1) {
-      std::memcpy(out, code, width * sizeof(X));
-      return;
-    }
+// out = the code, in the dtype of x; returns |row - code|^2.
+template <class Working, class X, class Code>
+double copy_code(const RowKernel& kernel, const Working* row, const Code* code, std::int64_t step, std::int64_t width,
+                 X* out) {
+  if constexpr (std::is_same_v<X, float> && std::is_same_v<Code, float>) {
+    if (step == 1) return kernel.copy_code(row, code, width, out);
   }
   for (std::int64_t d = 0; d < width; ++d) out[d] = narrow<X>(widen(code[d * step]));
-}
-
-// Calls f with null pointers of the element types of x and of the codebook.
-template <class F>
-void dispatch_pair(DType x, DType codebook, const F& f) {
-  dispatch(x, [&](auto* x_type) { dispatch(codebook, [&](auto* code_type) { f(x_type, code_type); }); });
-}
-
-// |row - code|^2
-template <class Working, class Code>
-double distance(const RowKernel& kernel, const Working* row, const Code* code, std::int64_t step, std::int64_t width) {
-  if constexpr (std::is_same_v<Working, float> && std::is_same_v<Code, float>) {
-    if (step == 1) return kernel.squared_distance(row, code, width);
-  }
   return squared_distance(row, 1, code, step, width);
 }
 
@@ -60,8 +43,9 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
         for (int l = 0; l < count; ++l) {
           indices[first + l] = nearest.index[l];
           const Code* code = codes.rows.row<Code>(nearest.index[l]);
-          copy_code(code, codes.rows.step, x.width, quantized + (first + l) * x.width);
-          if (!mask || mask[first + l]) partial[task] += distance(kernel, row[l], code, codes.rows.step, x.width);
+          X* out = quantized + (first + l) * x.width;
+          const double distance = copy_code(kernel, row[l], code, codes.rows.step, x.width, out);
+          if (!mask || mask[first + l]) partial[task] += distance;
         }
       });
     }

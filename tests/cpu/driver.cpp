@@ -252,6 +252,27 @@ void int8_bound_case() {
   compare(x, c, Metric::kEuclidean, 1, "int8 bound");
 }
 
+// Rows far longer than the codes, where the bound by the scores counts, and the dot product: rounding takes 0.45 units
+// from each of 64 dimensions of the code w, all along the row, so that w, the nearest, looks worse by nearly all that
+// the length of the row makes of it; code j is stored exactly. A dimension of 1016 makes the unit of the rows 8, of
+// which they lose 0.45 as well; one of -127 makes that of the codes 1, and far codes of both signs cancel.
+void long_row_bound_case(Metric metric, const std::string& what) {
+  constexpr std::int64_t d = 65, k = 256;
+  Matrix x(kRows, d, 1, 0), c(k, d, 1, 0);
+  for (std::int64_t i = 0; i < d; ++i) {
+    for (std::int64_t n = 0; n < kRows; ++n) x.at(n, i) = i ? 1003.6f : 1016.0f;
+    for (std::int64_t n = 0; n < k; ++n) {
+      const float j = i % 8 < 3 ? 11.0f : 10.0f, far = (i + n) % 2 ? 20.0f : -20.0f;
+      const bool is_near = n < 8 || (n >= 16 && n < 24);
+      c.at(n, i) = is_near ? (i == 0 ? 0 : n < 8 ? j : 10.45f) : i ? far : n % 2 ? -127.0f : 0;
+    }
+  }
+  for (std::int64_t n = 0; n < k; ++n)
+    if (n >= 24 || (n >= 8 && n < 16)) c.at(n, 1 + n % 64) = -static_cast<float>(21 + n / 64);  // no two of them alike
+  if (canonical(x, 0, c, metric) != 16) return fail("the constructed row does not do what it should");
+  compare(x, c, metric, 1, what);
+}
+
 // A few rows: the differences of code j are 1 in its first eight dimensions, one a partial sum, and just too small in
 // the others to change that sum; those of code w add up to less, but exactly.
 void few_rows_bound_case(std::int64_t d) {
@@ -299,6 +320,8 @@ int main(int argc, char** argv) {
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
     int8_bound_case();
+    long_row_bound_case(Metric::kEuclidean, "int8 bound, long rows");
+    long_row_bound_case(Metric::kDot, "int8 bound, dot");
     few_rows_bound_case(512);
   } else {
     std::printf("usage: driver random SEED COUNT | driver bound\n");

@@ -25,6 +25,8 @@ VARIANTS = {
     "shrunk": ["-O1", "-DFASTVQ_BOUND_FACTOR=0.25"],
 }
 
+INT8_BOUNDS = ("int8 bound", "int8 bound, long rows", "int8 bound, dot")
+
 
 def build_driver(folder: Path, flags: list[str]) -> Path:
     """The driver and csrc/cpu in one program, with extra compiler flags."""
@@ -76,7 +78,23 @@ def test_the_whole_bound_is_enough_and_a_quarter_is_not(drivers: dict[str, Path]
         assert "FAILED: bound, D 64, row 0: index 0, want 16" in shrunk.stdout
         assert "FAILED: few rows, D 512, row 0: index 3, want 16" in shrunk.stdout
         if "vnni" in isa:  # the bound of the int8 screen by itself
-            assert "FAILED: int8 bound, row 0: index 0, want 16" in shrunk.stdout
+            for case in INT8_BOUNDS:
+                assert f"FAILED: {case}, row 0: index 0, want 16" in shrunk.stdout
+
+
+def test_avx_vnni_in_the_encoding_of_avx512(tmp_path: Path) -> None:
+    """The kernel for machines without AVX-512, on one with it: the same instructions, otherwise encoded."""
+    if "avx512vnni" not in instruction_sets():
+        pytest.skip("needs AVX-512 VNNI")
+    whole, shrunk = tmp_path / "whole", tmp_path / "shrunk"
+    driver = build_driver(whole, ["-DFASTVQ_EVEX", *VARIANTS["address"]])
+    for arguments in (["bound"], ["random", "6", "60"]):
+        result = run(driver, *arguments, isa="avxvnni")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "avxvnni: 0 failures" in result.stdout
+    result = run(build_driver(shrunk, ["-DFASTVQ_EVEX", *VARIANTS["shrunk"]]), "bound", isa="avxvnni")
+    for case in INT8_BOUNDS:
+        assert f"FAILED: {case}, row 0: index 0, want 16" in result.stdout
 
 
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

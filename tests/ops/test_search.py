@@ -323,7 +323,9 @@ def instruction_sets():
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-    sets = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": avx512, "avx512vnni": avx512 | {"avx512_vnni"}}
+    avx2 = {"avx2", "fma", "bmi2"}
+    sets = {"portable": set(), "avx2": avx2, "avxvnni": avx2 | {"avx_vnni"}}
+    sets |= {"avx512": avx512, "avx512vnni": avx512 | {"avx512_vnni"}}
     return [
         pytest.param(name, marks=pytest.mark.skipif(not need <= flags, reason=f"this processor has no {name}"))
         for name, need in sets.items()

@@ -1,0 +1,2 @@
+#define FASTVQ_ISA avxvnni
+#include "row_kernel_impl.h"
