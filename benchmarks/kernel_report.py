@@ -56,16 +56,15 @@ def flash_kmeans(arch: str, d: int) -> Launch:
     return specialise(arch, rival._euclid_assign_kernel, *tensors, 1, ROWS, CODES, d, *strides, **constants)
 
 
-def launches(arches: Iterable[str], whole: bool) -> list[tuple[str, int, Launch]]:
-    """(source, D, launch) of every line of the table; a part: not the rival's, and what has no product at one D."""
+def launches(arches: Iterable[str], with_rival: bool) -> list[tuple[str, int, Launch]]:
+    """(source, D, launch) of every line of the table; kernels without a matrix product at one D."""
     found = []
     for arch in arches:
         for d in DIMS:
             x, codebook = (torch.empty(n, d, dtype=torch.bfloat16, device="meta") for n in (ROWS, CODES))
             for call in operator_calls(x, codebook, "euclidean", option=False):
-                made = launches_of(arch, call)
-                found += [("fastvq", d, what) for what in made if whole or d == 64 or elements_of(what)[1]]
-            if whole:
+                found += [("fastvq", d, what) for what in launches_of(arch, call) if d == 64 or elements_of(what)[1]]
+            if with_rival:
                 found.append(("flash-kmeans", d, flash_kmeans(arch, d)))
     return list(dict.fromkeys(found))
 
@@ -92,9 +91,9 @@ def _row_at(place: int) -> Row:
     return row_of(*_work[place])
 
 
-def measure(arches: Iterable[str], whole: bool) -> list[Row]:
-    """All lines or the part that is checked every time, compiled on all cores."""
-    _work[:] = launches(arches, whole)
+def measure(arches: Iterable[str], with_rival: bool) -> list[Row]:
+    """All lines, compiled on all cores."""
+    _work[:] = launches(arches, with_rival)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         return pool.map(_row_at, range(len(_work)), chunksize=1)
 
@@ -174,11 +173,10 @@ def main() -> int:
     """Write the table, or check it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
-    parser.add_argument("--whole", action="store_true", help="with --check: every line, not the part of `make test`")
     parser.add_argument("--arch", choices=list(launch.DEVICES), action="append", help="with --check; default: all")
     parser.add_argument("--print", action="store_true", help="print the lines and write nothing")
     options = parser.parse_args()
-    rows = measure(options.arch or launch.DEVICES, options.whole or not options.check)
+    rows = measure(options.arch or launch.DEVICES, with_rival=not options.check)
     if options.print:
         for row in rows:
             print(", ".join(f"{name} {value}" for name, value in row.items()))

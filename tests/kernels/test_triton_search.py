@@ -5,6 +5,7 @@ import torch
 from compare import assert_same_bits, assert_same_indices
 from families import DTYPES, FAMILIES, make
 from fastvq.kernels import search as kernels
+from fastvq.kernels.codes import pack_codes
 from fastvq.kernels.launch import DEVICES, device_of
 from fastvq.kernels.rows import rows_of
 from guard import GuardedAllocations, guarded, on_device
@@ -74,6 +75,19 @@ def test_large_codebook_in_many_segments():
     x, codebook = make("gaussian", 9, 20_001, 16)
     x[5] = codebook[20_000]
     check(x, codebook)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_lengths_whose_squares_underflow(metric):
+    """A norm that underflows to zero must not make the bound zero: rows or codes of 1e-25 beside others of 100."""
+    for small in (1e-20, 1e-25):
+        x, codebook = make("gaussian", 48, 128, 24, "bfloat16")
+        codebook[1::2] = codebook[::2] * (1 + 0.01 * torch.randn(64, 1)).to(codebook.dtype)
+        check(x * small, codebook * 100, metric)
+        check(x * 100, codebook * small, metric)
+        codes, longest = codebook * small, (codebook * small).double().norm(dim=1).max()
+        packed = pack_codes(*on_device(codes[None]), torch.bfloat16, True, metric == "euclidean", 32, 32, 2)
+        assert packed.bounds[..., 0].max() >= longest
 
 
 def test_layouts():
