@@ -170,6 +170,15 @@ BUILDERS = {"fastvq._cpu": ("FASTVQ_CPU", build_cpu), "fastvq._cuda": ("FASTVQ_C
 class NinjaBuild(build_ext):
     """Builds each extension by itself, so that one that cannot be built does not take the other along."""
 
+    def folder(self, name: str) -> Path:
+        """Where objects are kept: beside the source, so that the next build compiles only what has changed."""
+        lasting = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
+        try:
+            lasting.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return Path(self.build_temp).resolve() / name
+        return lasting
+
     def build_extension(self, ext: Extension) -> None:
         """Build one extension, or leave it out."""
         variable, builder = BUILDERS[ext.name]
@@ -179,7 +188,7 @@ class NinjaBuild(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         try:
-            builder(Path(self.build_temp).resolve() / ext.name, library)
+            builder(self.folder(ext.name), library)
         except (RuntimeError, OSError, subprocess.CalledProcessError, ImportError) as error:
             if wanted == "1":
                 raise

@@ -25,7 +25,7 @@ def faults(tmp_path_factory):
 def shim_module(tmp_path_factory):
     """The bindings, the host code and the kernels, compiled against the shim, as a Python module.
 
-    test_sanitizers.py has a process of its own import what it has compiled.
+    test_cuda_sanitizers.py has a process of its own import what it has compiled.
     """
     path = os.environ.get("FASTVQ_CUDA_SHIM") or compile_module(tmp_path_factory.mktemp("module"))
     return load_module(path)

@@ -36,7 +36,7 @@ def sanitized(tmp_path_factory):
 
 def passes(sanitized, names, chosen):
     """Run the chosen tests of some files in the environment."""
-    files = [str(HERE / f"test_{name}.py") for name in names]
+    files = [str(HERE / f"test_cuda_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=sanitized, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
