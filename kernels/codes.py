@@ -55,11 +55,11 @@ def rounded(values: tl.tensor, TYPE: tl.constexpr) -> Any:
 def norms(kept: tl.tensor, lost: tl.tensor, D: tl.constexpr, EXACT: tl.constexpr) -> Any:
     """Upper bounds of the norm of an operand and of its residual, from the sums that `rounded` gives.
 
-    A sum of D squares errs by D 2^-24 of itself at most, and a square below 2^-126 may be lost: sqrt(D) 2^-63 of the
-    length. The subtraction of the centre errs by 2^-24 of the result.
+    A sum of D squares errs by D 2^-24 of itself at most; the subtraction of the centre by 2^-24 of the result. A square
+    below 2^-126 of stored values may be lost; values that were scaled are far from that.
     """
-    norm = tl.sqrt(kept) * (1 + D * 2.0**-22) + D * 2.0**-63
-    residual = tl.sqrt(lost) * (1 + D * 2.0**-22) + (0.0 if EXACT else norm * 2.0**-22 + D * 2.0**-63)
+    norm = tl.sqrt(kept + D * 2.0**-126 if EXACT else kept) * (1 + D * 2.0**-22)
+    residual = tl.sqrt(lost) * (1 + D * 2.0**-22) + norm * (0.0 if EXACT else 2.0**-22)
     return norm, residual
 
 

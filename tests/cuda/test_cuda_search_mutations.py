@@ -73,7 +73,9 @@ MUTANTS = {
         "search",
         {
             "search.cu": {
-                "  score_rest(p, scratch.figures, scratch.queue, ": "  if (p.D < 0) score_rest(p, nullptr, nullptr, "
+                "  score_rest(p, 1, scratch.figures, scratch.queue, ": (
+                    "  if (p.D < 0) score_rest(p, 1, nullptr, nullptr, "
+                )
             }
         },
     ),
