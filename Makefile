@@ -32,6 +32,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-group-by=group --timeout 0
 	$(BIN)/fastvq bench --csv benchmarks/results/cpu.csv
 	$(BIN)/python -m benchmarks.bench_modules
+	$(BIN)/python -m benchmarks.bench_clients
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.plot
 

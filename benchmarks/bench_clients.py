@@ -1,7 +1,8 @@
 """Other libraries' models before and after `fastvq.patch`: the time in the quantiser, and of the whole encoding.
 
 `python -m benchmarks.bench_clients [TITLE...]` builds each model from its published configuration with random weights,
-compares the codes, has both take turns, and writes benchmarks/results/clients.csv. Nothing is downloaded.
+compares the codes, has both take turns, and writes benchmarks/results/clients.csv and the table in docs/migration.md;
+what else was measured stays there. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import contextlib
 import copy
 import importlib
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +29,11 @@ from torch.nn import functional
 
 import fastvq
 from fastvq.measure.agreement import Agreement, compare_codes, compare_stages
-from fastvq.measure.table import machine, read_csv, write_csv
+from fastvq.measure.table import fill_table, machine, machine_line, read_csv, write_csv
 from fastvq.measure.timing import Work, interleave, percentile
 
-RESULTS = Path(__file__).parent / "results" / "clients.csv"
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "clients.csv", ROOT / "docs" / "migration.md"
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Case:
     method: str
     compare: Callable[[Any, Any, Any, Any], Agreement]  # the client's quantiser, its arguments, its result and ours
     fill: Callable[[Any, Any], None] = lambda quantiser, arguments: None  # gives codes to one that has none yet
-    whole: bool = True  # whether the whole encoding is timed too
+    whole: bool = True  # whether there is more to encoding, which is timed too
 
 
 class CpuWork(Work):
@@ -96,6 +101,30 @@ def stages_agree(quantiser: Any, arguments: Any, theirs: Tensor, ours: Tensor) -
     """Compare the codes (Q, B, T) of latents (B, D, T)."""
     rows = arguments[0][0].transpose(1, 2).flatten(0, 1)
     return compare_stages(rows, codebooks_of(quantiser)[: len(theirs)], theirs.flatten(1), ours.flatten(1))
+
+
+def fill_image(quantiser: Any, arguments: Any) -> None:
+    """Codes as long as the latents, for an image quantiser of random weights."""
+    nn.init.normal_(quantiser.embedding.weight, std=float(arguments[0][0].std()))
+
+
+def fill_higgs(quantiser: Any, arguments: Any) -> None:
+    residual = arguments[0][0]
+    for stage in quantiser.quantizers:
+        fill_stages(stage.project_in(residual.transpose(1, 2)).transpose(1, 2), [stage.codebook.embed])
+        residual = residual - stage.decode(stage.encode(residual))
+
+
+def higgs_agrees(quantiser: Any, arguments: Any, theirs: Tensor, ours: Tensor) -> Agreement:
+    """Compare the codes (Q, B, T), each stage on the client's own residual: it projects every one by itself."""
+    residual, total = arguments[0][0], Agreement(0, 0, 0)
+    after = copy.deepcopy(quantiser)
+    fastvq.patch(after)
+    for stage, fast, codes in zip(quantiser.quantizers, after.quantizers, theirs, strict=True):
+        rows = stage.project_in(residual.transpose(1, 2)).flatten(0, 1)
+        total += compare_codes(rows, stage.codebook.embed, codes.flatten(), fast.encode(residual).flatten())
+        residual = residual - stage.decode(codes)
+    return total
 
 
 def mimi_parts(quantiser: Any) -> tuple[Any, Any]:
@@ -190,7 +219,7 @@ def xcodec() -> Case:
 
 def dac() -> Case:
     transformers = importlib.import_module("transformers")
-    audio = torch.randn(1, 1, 220500) * 0.1
+    audio = torch.randn(1, 1, 88200) * 0.1
     model = transformers.DacModel(transformers.DacConfig())
     return Case("transformers", model, lambda m: m.encode(audio), "quantizer", "forward", projected_stages_agree)
 
@@ -218,15 +247,33 @@ def wav2vec2() -> Case:
     return Case("transformers", model, lambda m: m(audio), "quantizer", "forward", choices_agree)
 
 
-def _image_tokenizer(name: str, model: str, pixels: int, normalised: bool = False, whole: bool = True) -> Case:
+def higgs_quantiser() -> Case:
+    stand_in = ModuleType("torchaudio")  # which the model needs, but not its quantiser
+    with mock.patch.dict(sys.modules, {"torchaudio": sys.modules.get("torchaudio", stand_in)}):
+        name = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
+        module = importlib.import_module(name)
+    quantiser = module.HiggsAudioV2TokenizerResidualVectorQuantization(module.HiggsAudioV2TokenizerConfig())
+    latents = torch.randn(1, quantiser.quantizers[0].project_in.in_features, 250)
+    model = nn.Sequential(quantiser)
+    return Case("transformers", model, lambda m: m[0].encode(latents), "0", "encode", higgs_agrees, fill_higgs, False)
+
+
+def _image_tokenizer(
+    name: str, model: str, sizes: tuple[int, ...], normalised: bool = False, arguments: dict[str, Any] | None = None
+) -> Case:
+    """Of transformers, on an image, or what its encoder is given in the place of one."""
     transformers = importlib.import_module("transformers")
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     config = getattr(transformers, f"{name}Config", None) or getattr(module, f"{name}Config")
-    image = torch.randn(1, 3, pixels, pixels)
-    made = getattr(module, name)(config())
-    nn.init.normal_(made.quantize.embedding.weight)
+    image = torch.randn(1, *sizes)
     return Case(
-        "transformers", made, lambda m: m.encode(image), "quantize", "forward", images_agree(normalised), whole=whole
+        "transformers",
+        getattr(module, name)(config()),
+        lambda m: m.encode(image, **(arguments or {})),
+        "quantize",
+        "forward",
+        images_agree(normalised),
+        fill_image,
     )
 
 
@@ -234,24 +281,15 @@ def _vqmodel(pixels: int, **config: Any) -> Case:
     package = importlib.import_module("diffusers")
     image = torch.randn(1, 3, pixels, pixels)
     model = package.VQModel(**config)
-    nn.init.normal_(model.quantize.embedding.weight)
     return Case(
-        "diffusers", model, lambda m: m.quantize(m.encode(image).latents), "quantize", "forward", images_agree()
+        "diffusers",
+        model,
+        lambda m: m.quantize(m.encode(image).latents),
+        "quantize",
+        "forward",
+        images_agree(),
+        fill_image,
     )
-
-
-def emu3_quantiser() -> Case:
-    module = importlib.import_module("transformers.models.emu3.modeling_emu3")
-    model = nn.Sequential(module.Emu3VQVAEVectorQuantizer(module.Emu3VQVAEConfig()))
-    latents = torch.randn(1, 1, 4, 32, 32) / 32768  # of 256 pixels; as long as the codes
-    return Case("transformers", model, lambda m: m(latents), "0", "forward", images_agree(), whole=False)
-
-
-def glm_quantiser() -> Case:
-    module = importlib.import_module("transformers.models.glm_image.modeling_glm_image")
-    model = nn.Sequential(module.GlmImageVQVAEVectorQuantizer(module.GlmImageVQVAEConfig()))
-    latents = torch.randn(1, 2048, 32, 32)
-    return Case("transformers", model, lambda m: m(latents), "0", "forward", images_agree(True), whole=False)
 
 
 F4 = {
@@ -278,12 +316,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "Mimi, 32 stages, 10 s": mimi,
     "Wav2Vec2 base, 2 x 10 s": wav2vec2,
     "X-Codec, 8 stages, 10 s": xcodec,
-    "DAC 44.1 kHz, 9 stages, 5 s": dac,
+    "DAC 44.1 kHz, 9 stages, 2 s": dac,
     "SNAC 24 kHz, 3 stages, 10 s": snac,
-    "Chameleon, 256 pixels": lambda: _image_tokenizer("ChameleonVQVAE", "chameleon", 256),
-    "Janus, 384 pixels": lambda: _image_tokenizer("JanusVQVAE", "janus", 384),
-    "Emu3, quantiser alone": emu3_quantiser,
-    "GLM-Image, quantiser alone": glm_quantiser,
+    "Higgs, quantiser alone, 5 stages, 10 s": higgs_quantiser,
+    "Chameleon, 256 pixels": lambda: _image_tokenizer("ChameleonVQVAE", "chameleon", (3, 256, 256)),
+    "Janus, 384 pixels": lambda: _image_tokenizer("JanusVQVAE", "janus", (3, 384, 384)),
+    "Emu3, 128 pixels": lambda: _image_tokenizer(
+        "Emu3VQVAE", "emu3", (3, 128, 128), arguments={"image_sizes": torch.tensor([[128, 128]])}
+    ),
+    "GLM-Image, 32 x 32 features": lambda: _image_tokenizer("GlmImageVQVAE", "glm_image", (1536, 32, 32), True),
     "VQ-f4, 256 pixels": lambda: _vqmodel(256, **F4),
     "MoVQ, 256 pixels": lambda: _vqmodel(256, **MOVQ),
 }
@@ -328,19 +369,21 @@ def patched(title: str) -> Patched:
 
 
 def measure(title: str, thread_counts: Sequence[int], clock: str, encode: bool) -> list[dict[str, Any]]:
-    """The rows of one client: its quantiser, and all of its encoding, before and after."""
+    """The rows of one client, before and after: its quantiser, and all of encoding with the first number of threads."""
     timed = CpuWork if clock == "cpu" else Work
     models = patched(title)
     case, before, after, agreement = models.case, models.before, models.after, models.agreement()
     parts = {"quantiser": {"before": lambda: models.quantise(before), "after": lambda: models.quantise(after)}}
-    if case.whole and encode:
-        parts["encode"] = {"before": lambda: case.encode(before), "after": lambda: case.encode(after)}
     rows = []
     for threads in thread_counts:
         torch.set_num_threads(threads)
+        if case.whole and encode and threads == thread_counts[0]:
+            parts["encode"] = {"before": lambda: case.encode(before), "after": lambda: case.encode(after)}
+        else:
+            parts.pop("encode", None)
         for part, works in parts.items():
             turns = {name: timed(work).turn for name, work in works.items()}
-            times = interleave(turns, seconds=6, rounds=5 if part == "quantiser" else 2)
+            times = interleave(turns, seconds=2, rounds=5 if part == "quantiser" else 2)
             slow = percentile(times["before"], 50)
             for name, values in times.items():
                 row = {"client": title, "part": part, "contender": name, "threads": threads, "clock": clock}
@@ -381,14 +424,10 @@ def main() -> None:
     """Measure the clients of the given titles, or all; what else was measured stays in the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("titles", nargs="*", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="the first for whole encodings too")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 only")
     parser.add_argument("--no-encode", action="store_true", help="time the quantisers alone")
-    parser.add_argument("--table", action="store_true", help="measure nothing; print what was measured")
     options = parser.parse_args()
-    if options.table:
-        print(table(read_csv(RESULTS)))
-        return
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu needs --threads 1")
     warnings.simplefilter("ignore")
@@ -401,6 +440,8 @@ def main() -> None:
         others = [row for row in read_csv(RESULTS) if _key(row) not in measured] if RESULTS.exists() else []
         write_csv(RESULTS, others + new)
         print(table(new), flush=True)
+    rows = read_csv(RESULTS)
+    fill_table(PAGE, "python -m benchmarks.bench_clients", f"{table(rows)}\n\n{machine_line(rows)}")
     if wrong:
         raise SystemExit(f"{wrong} codes differ by more than rounding")
 

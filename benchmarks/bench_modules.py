@@ -1,24 +1,26 @@
 """The training step of the other modules beside vector-quantize-pytorch's: forward, and backward to every parameter.
 
-`pytest` times each contender by itself. `python -m benchmarks.bench_modules` has them take turns, writes ratios and
-peak memory to benchmarks/results/modules.csv, and prints them as a table.
+`pytest` times each contender by itself. `python -m benchmarks.bench_modules [TITLE...]` has them take turns, and writes
+times and peak memory to benchmarks/results/modules.csv and the README; what else was measured stays there.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastvq.measure.memory import peak_mib
-from fastvq.measure.table import machine, write_csv
+from fastvq.measure.table import Row, fill_table, machine, machine_line, read_csv, write_csv
 from fastvq.measure.timing import Work, interleave, medians
 from fastvq.measure.worker import RETURN_MEMORY, Worker
 
-RESULTS = Path(__file__).parent / "results" / "modules.csv"
+ROOT = Path(__file__).parent.parent
+RESULTS, README = ROOT / "benchmarks" / "results" / "modules.csv", ROOT / "README.md"
 PACKAGES = {"fastvq": "fastvq", "peer": "vector_quantize_pytorch"}
 
 # title: class, constructor, shape of the input
@@ -73,28 +75,50 @@ def test_module(benchmark, title, contender):
     benchmark.pedantic(step_work(title, contender).call, rounds=5, warmup_rounds=1)
 
 
+def measure(title: str) -> list[Row]:
+    """The rows of one module: the median time and the peak memory of each contender."""
+    contenders = [name for name in PACKAGES if (title, name) not in TOO_LARGE]
+    peaks = {}
+    for name in contenders:
+        with Worker(RETURN_MEMORY) as child:
+            child.call(peak_of_step, "FSQ, 8 x 5 x 5 x 5 levels", name)  # libraries and threads
+            peaks[name] = child.call(peak_of_step, title, name)
+    with Worker() as child:
+        turns = {name: child.turn(step_work, title, name) for name in contenders}
+        times = medians(interleave(turns, seconds=5))
+    rows = []
+    for name in contenders:
+        row = {"module": title, "shape": "x".join(map(str, MODULES[title][2])), "contender": name}
+        row |= {"threads": torch.get_num_threads(), "median_ms": round(times[name], 3)}
+        rows.append(row | {"peak_mib": round(peaks[name], 1)} | machine())
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as the README shows them: for each module what the peer takes beside ours."""
+    lines = ["| module | fastvq | vector-quantize-pytorch | peak memory: fastvq / the peer |", "|---|---|---|---|"]
+    for title in MODULES:
+        found = {row["contender"]: row for row in rows if row["module"] == title}
+        if not found:
+            continue
+        mine, theirs = found["fastvq"], found.get("peer")
+        time, peak, their_peak = float(mine["median_ms"]), float(mine["peak_mib"]), "-"
+        verdict = "too large to run"
+        if theirs is not None:
+            verdict = f"{float(theirs['median_ms']) / time:.1f} times as long"
+            their_peak = f"{float(theirs['peak_mib']):.0f}"
+        lines.append(f"| {title} | {time:.1f} ms | {verdict} | {peak:.0f} / {their_peak} MiB |")
+    return "\n".join([*lines, "", machine_line(rows)])
+
+
 def main(titles: list[str]) -> None:
     """Measure the modules of the given titles, or all."""
-    rows = []
-    print("| module, training step | fastvq | peer takes | peak memory: fastvq / peer |\n|---|---|---|---|")
     for title in titles or MODULES:
-        contenders = [name for name in PACKAGES if (title, name) not in TOO_LARGE]
-        peaks = {}
-        for name in contenders:
-            with Worker(RETURN_MEMORY) as child:
-                child.call(peak_of_step, "FSQ, 8 x 5 x 5 x 5 levels", name)  # libraries and threads
-                peaks[name] = child.call(peak_of_step, title, name)
-        with Worker() as child:
-            turns = {name: child.turn(step_work, title, name) for name in contenders}
-            times = medians(interleave(turns, seconds=5))
-        for name in contenders:
-            row = {"module": title, "shape": "x".join(map(str, MODULES[title][2])), "contender": name}
-            row |= {"threads": torch.get_num_threads(), "median_ms": round(times[name], 3)}
-            rows.append(row | {"peak_mib": round(peaks[name], 1)} | machine())
-        peer = f"{times['peer'] / times['fastvq']:.1f} times as long" if "peer" in times else "-"
-        theirs = f"{peaks['peer']:.0f}" if "peer" in peaks else "-"
-        print(f"| {title} | {times['fastvq']:.2f} ms | {peer} | {peaks['fastvq']:.0f} / {theirs} MiB |", flush=True)
-    write_csv(RESULTS, rows)
+        new = measure(title)
+        others = [row for row in read_csv(RESULTS) if row["module"] != title] if RESULTS.exists() else []
+        write_csv(RESULTS, others + new)
+        print(table(new), flush=True)
+    fill_table(README, "python -m benchmarks.bench_modules", table(read_csv(RESULTS)))
 
 
 if __name__ == "__main__":

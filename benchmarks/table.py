@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastvq.measure.contenders import UNITS
-from fastvq.measure.table import read_csv
+from fastvq.measure.table import fill_table, read_csv
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.csv"
-BEGIN, END = "<!-- table: python -m benchmarks.table -->", "<!-- end of table -->"
 NAMES = {
     "fastvq": "fastvq",
     "module": "`fastvq.VectorQuantize`",
@@ -228,10 +227,7 @@ def measurements(summary: Summary) -> str:
 def main() -> None:
     """Replace what stands between the marks, and the page of the rest."""
     summary = Summary(read_csv(RESULTS))
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{readme(summary)}\n{END}{after}", encoding="utf-8")
+    fill_table(ROOT / "README.md", "python -m benchmarks.table", readme(summary))
     (ROOT / "docs" / "measurements.md").write_text(measurements(summary), encoding="utf-8")
 
 

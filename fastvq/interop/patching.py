@@ -22,8 +22,10 @@ from fastvq.interop.fingerprint import digest
 
 # The package that a class is defined in -> its distribution; `fastvq.interop.PACKAGE` knows its classes.
 LIBRARIES = {
+    "audiocraft": "audiocraft",
     "dac": "descript-audio-codec",
     "diffusers": "diffusers",
+    "encodec": "encodec",
     "moshi": "moshi",
     "snac": "snac",
     "transformers": "transformers",

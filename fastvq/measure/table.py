@@ -40,6 +40,13 @@ def machine() -> dict[str, str]:
     }
 
 
+def machine_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `machine` has put into the rows, in a line; of several runs all that differs."""
+    columns = {name: sorted({str(row[name]) for row in rows}) for name in ("cpu", "isa", "threads", "torch", "day")}
+    cpu, isa, threads, version, days = (" or ".join(values) for values in columns.values())
+    return f"{cpu} ({isa}), threads: {threads}, torch {version}; {days}."
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a file, all of them text."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -55,3 +62,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
+
+
+def fill_table(path: Path, command: str, table: str) -> None:
+    """Put a table into a page, between the mark that names the command which writes it and the next end of a table."""
+    begin, end = f"<!-- table: {command} -->\n", "\n<!-- end of table -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end, 1)[1]
+    path.write_text(f"{before}{begin}{table}{end}{after}", encoding="utf-8")

@@ -15,7 +15,7 @@ def import_alone(path: str) -> ModuleType:
     """Import a module without running the `__init__` of the packages that it lies in; skip where it is missing."""
     packages = path.split(".")[:-1]
     if importlib.util.find_spec(packages[0]) is None:
-        pytest.skip(f"{packages[0]} is not installed: pip install --no-deps -r tests/interop/no-deps.txt")
+        pytest.skip(f"{packages[0]} is not installed (see tests/interop/no-deps.txt)")
     for depth in range(1, len(packages) + 1):
         name = ".".join(packages[:depth])
         if name in sys.modules:

@@ -121,6 +121,9 @@ CASES: list[Case] = [
     ("SimVQ", {"dim": 6, "codebook_size": 13, "rotation_trick": False, "frozen_codebook_dim": 4}, TOKENS, {}),
     ("SimVQ", {"dim": 6, "codebook_size": 13, "channel_first": True, "commitment_weight": 0.3}, IMAGE, {}),
     ("SimVQ", {"dim": 6, "codebook_size": 13, "input_to_quantize_commit_loss_weight": 2.0}, TOKENS, {}),
+    ("SimVQ", {"dim": 6, "codebook_size": 80}, TOKENS, {}),  # more codes than rows
+    ("SimVQ", {"dim": 6, "codebook_size": 80, "frozen_codebook_dim": 4, "commitment_weight": 0.3}, TOKENS, {}),
+    ("SimVQ", {"dim": 6, "codebook_size": 80, "rotation_trick": False, "channel_first": True}, IMAGE, {}),
     (
         "SimVQ",
         {
@@ -132,6 +135,7 @@ CASES: list[Case] = [
         {},
     ),
     ("ResidualSimVQ", {"dim": 6, "codebook_size": 13, "num_quantizers": 3}, TOKENS, {"return_all_codes": True}),
+    ("ResidualSimVQ", {"dim": 6, "codebook_size": 80, "num_quantizers": 3}, TOKENS, {}),
     (
         "ResidualSimVQ",
         {"dim": 6, "codebook_size": 13, "num_quantizers": 3, "rotation_trick": False, "channel_first": True},
