@@ -7,12 +7,13 @@ onnxruntime's is. A float64 matmul screens all codes; the 8 nearest are scored a
 `backends/reference.py`, dimension after dimension; a bound on what the screen may be off by proves that none of the
 others can win. Where it proves nothing (near-equal codes by the dozen, NaN) a row is scored whole by the definition.
 
-A search holds N x K numbers in float64, and as many again where all rows are scored whole, but never N x K x D.
+Codes are taken in blocks of some 1024, one after the other: a search holds N x 1024 numbers in float64, never N x K.
 Exporting needs the extra `onnx`; running the result needs only a runtime.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ except ImportError as error:
 
 op: Any = opset18
 _CANDIDATES = 8
+_BLOCK = 1024  # codes that are scored at a time
 _ROUNDING = 2.0**-53  # of one float64 operation, relative
 _LEAST = 1e-290  # far above all that underflow can do
 
@@ -85,6 +87,7 @@ def _mean_square(parts: Sequence[Any], kept: Any | None = None) -> Any:
 
 # ---- the nearest code -------------------------------------------------------------------------------------------
 
+_numbers = itertools.count()
 _TERMS = {
     True: "difference = Sub(row, code)  term = Mul(difference, difference)",
     False: "product = Mul(row, code)  term = Neg(product)",
@@ -96,8 +99,11 @@ def _defined(rows: Any, codes: Any, euclidean: bool) -> Any:
 
     Rows (D, n, 1) and codes (D, 1 or n, k) in float64.
     """
+    n, k, one, b = (
+        f"{size}{next(_numbers)}" for size in ("n", "k", "one", "b")
+    )  # a runtime takes equal names for equal sizes
     body = onnx.parser.parse_graph(
-        "step (double[n, k] total, double[n, one] row, double[b, k] code) => (double[n, k] next) {"
+        f"step (double[{n}, {k}] total, double[{n}, {one}] row, double[{b}, {k}] code) => (double[{n}, {k}] next) {{"
         f" {_TERMS[euclidean]}  next = Add(total, term) }}"
     )
     shape = op.Concat(op.Shape(rows, start=1, end=2), op.Shape(codes, start=2, end=3), axis=0)
@@ -105,11 +111,49 @@ def _defined(rows: Any, codes: Any, euclidean: bool) -> Any:
     return op.Where(op.IsNaN(total), _double(math.inf), total)
 
 
-def _whole(rows: Any, codes: Any, euclidean: bool) -> tuple[Any, Any]:
+def _squares(codes: Any) -> Any:
+    """|c|^2 of codes (K, D): (K,)."""
+    return op.ReduceSumSquare(codes, _integers(1), keepdims=0)
+
+
+def _blocks(codes: Any, size: int) -> list[tuple[int, Any]]:
+    """Codes (K, D) in blocks of equal sizes, but for one: the number of the first, and the block."""
+    step = -(-size // -(-size // _BLOCK))
+    return [
+        (first, op.Slice(codes, _integers(first), _integers(min(first + step, size)), _integers(0)))
+        for first in range(0, size, step)
+    ]
+
+
+def _whole(rows: Any, codes: Any, size: int, euclidean: bool) -> tuple[Any, Any]:
     """The first of the codes (K, D) that are nearest to each row (n, D), and what it attains, by the definition."""
     by_dimension = op.Unsqueeze(op.Transpose(rows, perm=[1, 0]), _integers(2))
-    scores = _defined(by_dimension, op.Unsqueeze(op.Transpose(codes, perm=[1, 0]), _integers(1)), euclidean)
-    return op.ArgMin(scores, axis=1, keepdims=0), op.ReduceMin(scores, _integers(1), keepdims=0)
+    index = value = None
+    for first, block in _blocks(codes, size):
+        scores = _defined(by_dimension, op.Unsqueeze(op.Transpose(block, perm=[1, 0]), _integers(1)), euclidean)
+        attained, places = op.TopK(scores, _integers(1), axis=1, largest=0, sorted=1)  # the first of equals
+        found = op.Add(places, _integers(first))
+        if value is None:
+            index, value = found, attained
+        else:
+            index, value = op.Where(op.Less(attained, value), found, index), op.Min(attained, value)
+    return op.Squeeze(index, _integers(1)), op.Squeeze(value, _integers(1))
+
+
+def _screened(rows: Any, codes: Any, size: int, euclidean: bool) -> tuple[Any, Any]:
+    """The least `_CANDIDATES` + 1 screened scores of each row (n, D), in order, and their codes; both (n, 9)."""
+    wanted, scores, numbers = _CANDIDATES + 1, [], []
+    for first, block in _blocks(codes, size):
+        products = op.MatMul(rows, op.Transpose(block, perm=[1, 0]))
+        screened = op.Sub(_squares(block), op.Mul(products, _double(2.0))) if euclidean else op.Neg(products)
+        screened = op.Where(op.IsNaN(screened), _double(math.inf), screened)
+        least, places = op.TopK(screened, _integers(wanted), axis=1, largest=0, sorted=1)
+        scores.append(least)
+        numbers.append(op.Add(places, _integers(first)))
+    if len(scores) == 1:
+        return scores[0], numbers[0]
+    least, places = op.TopK(op.Concat(*scores, axis=1), _integers(wanted), axis=1, largest=0, sorted=1)
+    return least, op.GatherElements(op.Concat(*numbers, axis=1), places, axis=1)
 
 
 def _nearest(rows: Any, codes: Any, size: int, width: int, metric: str) -> tuple[Any, Any]:
@@ -120,14 +164,10 @@ def _nearest(rows: Any, codes: Any, size: int, width: int, metric: str) -> tuple
     """
     rows, codes, euclidean = _float64(rows), _float64(codes), metric == "euclidean"
     if size <= _CANDIDATES:
-        return _whole(rows, codes, euclidean)
-    squares = op.ReduceSumSquare(codes, _integers(1), keepdims=0)
-    products = op.MatMul(rows, op.Transpose(codes, perm=[1, 0]))
-    screened = op.Sub(squares, op.Mul(products, _double(2.0))) if euclidean else op.Neg(products)
-    screened = op.Where(op.IsNaN(screened), _double(math.inf), screened)
-    least, candidates = op.TopK(screened, _integers(_CANDIDATES + 1), axis=1, largest=0, sorted=1)
+        return _whole(rows, codes, size, euclidean)
+    least, candidates = _screened(rows, codes, size, euclidean)
     lengths = op.Sqrt(op.ReduceSumSquare(rows, _integers(1), keepdims=1))
-    reach = op.Add(lengths, op.Sqrt(op.ReduceMax(squares, keepdims=0)))
+    reach = op.Add(lengths, op.Sqrt(op.ReduceMax(_squares(codes), keepdims=0)))
     bound = op.Mul(op.Mul(reach, reach), _double(16 * (width + 8) * _ROUNDING))
     first, next_best = (op.Slice(least, _integers(i), _integers(i + 1), _integers(1)) for i in (0, _CANDIDATES))
     proven = op.Greater(op.Sub(next_best, first), op.Add(bound, _double(_LEAST)))
@@ -139,7 +179,7 @@ def _nearest(rows: Any, codes: Any, size: int, width: int, metric: str) -> tuple
     index = op.ReduceMin(op.Where(op.Equal(scores, value), candidates, _integers(size)), _integers(1), keepdims=0)
 
     unproven = op.Squeeze(op.NonZero(op.Not(op.Squeeze(proven, _integers(1)))), _integers(0))
-    whole_index, whole_value = _whole(op.Gather(rows, unproven, axis=0), codes, euclidean)
+    whole_index, whole_value = _whole(op.Gather(rows, unproven, axis=0), codes, size, euclidean)
     index = op.ScatterElements(index, unproven, whole_index, axis=0)
     return index, op.ScatterElements(op.Squeeze(value, _integers(1)), unproven, whole_value, axis=0)
 

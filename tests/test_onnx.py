@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
+from fastvq.measure.memory import measurable
+from fastvq.measure.worker import RETURN_MEMORY
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -31,12 +37,12 @@ class Function(nn.Module):
         return getattr(fastvq, self.name)(x, codes, **self.options)
 
 
-def exported(module: nn.Module, *inputs: Tensor, batch: int = 0) -> Any:
-    """Runs the module, exported with a dynamic dimension `batch` of x, in onnxruntime: tensors in, tensors out."""
+def program(module: nn.Module, *inputs: Tensor, batch: int = 0) -> bytes:
+    """The module, exported with a dynamic dimension `batch` of x."""
     dynamic = {batch: torch.export.Dim("batch", min=1, max=1 << 16)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        exported = torch.onnx.export(
             module.eval(),
             inputs,
             dynamo=True,
@@ -45,8 +51,13 @@ def exported(module: nn.Module, *inputs: Tensor, batch: int = 0) -> Any:
             verbose=False,
         )
         file = io.BytesIO()
-        program.save(file)
-    session = onnxruntime.InferenceSession(file.getvalue())
+        exported.save(file)
+    return file.getvalue()
+
+
+def exported(module: nn.Module, *inputs: Tensor, batch: int = 0) -> Any:
+    """Runs the module in onnxruntime: tensors in, tensors out."""
+    session = onnxruntime.InferenceSession(program(module, *inputs, batch=batch))
 
     def run(*inputs: Tensor) -> list[Tensor]:
         named = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
@@ -81,13 +92,18 @@ def family(name: str, codes: int, generator: torch.Generator) -> tuple[Tensor, T
 FAMILIES = ["gaussian", "offset", "near ties", "duplicates", "on a grid", "tiny codes", "large", "subnormal"]
 
 
-@pytest.mark.parametrize(("metric", "codes"), [("euclidean", 1), ("euclidean", 9), ("euclidean", 40), ("dot", 40)])
-def test_search_gives_the_canonical_code(metric: str, codes: int) -> None:
+@pytest.mark.parametrize(
+    ("metric", "codes", "block"),
+    [("euclidean", 1, 0), ("euclidean", 9, 0), ("euclidean", 40, 0), ("dot", 40, 0), ("euclidean", 40, 13)],
+)
+def test_search_gives_the_canonical_code(metric: str, codes: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
+    if block:
+        monkeypatch.setattr(fastvq.onnx, "_BLOCK", block)
     run = exported(Function("search", metric=metric, return_distance=True), *family("gaussian", codes, generator))
     for name in FAMILIES if codes == 1 else [*FAMILIES, "not finite"]:
         x, c = family(name, codes, generator)
-        for rows in (x, x[:1]):
+        for rows in (x, x[:1], x[:0]):
             index, distance = run(rows, c)
             wanted, right = fastvq.search(rows, c, metric=metric, return_distance=True, backend="reference")
             assert torch.equal(index, wanted), name
@@ -128,7 +144,9 @@ def test_functions(heads: int, dtype: torch.dtype) -> None:
         fastvq.VectorQuantize(DIM, CODES, heads=2, separate_codebook_per_head=True, codebook_dim=4),
         fastvq.VectorQuantize(DIM, CODES, accept_image_fmap=True, codebook_dim=4),
         fastvq.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, codebook_dim=4),
+        fastvq.GroupedResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2, groups=2),
         fastvq.SimVQ(dim=DIM, codebook_size=CODES, channel_first=False),
+        fastvq.FSQ(levels=[8, 5, 5, 5, 3, 4]),
     ],
     ids=lambda module: f"{type(module).__name__}",
 )
@@ -141,3 +159,46 @@ def test_layers(module: nn.Module) -> None:
     found, wanted = run(x), module(x)
     assert torch.equal(found[1], wanted[1])
     torch.testing.assert_close(found[0], wanted[0].detach(), rtol=1e-5, atol=1e-5)
+
+
+PEAK = """
+import sys, numpy, onnxruntime
+from fastvq.measure.memory import peak_mib
+options = onnxruntime.SessionOptions()
+options.enable_cpu_mem_arena = False  # it keeps twice what is asked for
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+x, codes = (numpy.random.rand(n, 4).astype("float32") for n in (2000, 20_000))
+names = [entry.name for entry in session.get_inputs()]
+run = lambda x, codes: session.run(None, dict(zip(names, (x, codes))))
+run(x[:9], codes)
+print(peak_mib(lambda: run(x, codes)), peak_mib(lambda: run(x, codes[:4].repeat(5000, 0))))
+"""
+
+
+@pytest.mark.skipif(not measurable(), reason="this system does not tell its peak memory")
+def test_no_matrix_of_rows_and_codes(tmp_path: Path) -> None:
+    """Neither where the screen proves all rows nor where it proves none: codes are taken in blocks."""
+    (tmp_path / "search.onnx").write_bytes(program(Function("search"), torch.randn(9, 4), torch.randn(20_000, 4)))
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "search.onnx")]
+    output = subprocess.run(command, env={**os.environ, **RETURN_MEMORY}, check=True, capture_output=True, text=True)
+    assert max(map(float, output.stdout.split())) < 2000 * 20_000 * 8 / 2**20 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_layers(dtype: torch.dtype) -> None:
+    """numpy has no bfloat16, so the layer stands between two casts."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastvq.VectorQuantize(DIM, CODES)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            quantized, indices, _ = self.layer(x.to(dtype))
+            return quantized.float(), indices
+
+    module = Narrow().eval()
+    run = exported(module, torch.randn(3, 9, DIM))
+    x = torch.randn(17, 9, DIM)
+    for found, wanted in zip(run(x), module(x), strict=True):
+        assert torch.equal(found, wanted)

@@ -113,7 +113,9 @@ class SimVQ(nn.Module):
         """Whether the gradient of the transform is that of a plain linear layer, and cheaper by rows than by codes."""
         linear = self.code_transform
         return (
-            type(linear) is nn.Linear
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()  # an export may leave the number of rows open
+            and type(linear) is nn.Linear
             and linear.bias is None
             and linear.weight.requires_grad
             and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
