@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu_check`: everything that only a GPU can tell, in one run of some minutes, offline.
 
 Builds what it can, times fastvq beside its rivals and the device's measured limits (search, training step, residual
-quantiser, each kernel of a call, what other tiles would give), and runs the kernels' tests on the device: equal to the
-reference; graphs, streams, no host sync. Writes a JSON file and a Markdown table to benchmarks/results/gpu.
+quantiser, each kernel of a call, what other tiles would give), runs every CUDA operator under compute-sanitizer where
+that is installed, and the kernels' tests on the device: equal to the reference; graphs, streams, no host sync. Writes a
+JSON file and a Markdown table to benchmarks/results/gpu.
 A step that fails is recorded and the rest goes on; the exit status tells. With --dry the same on the CPU, at tiny
 shapes, in Triton's interpreter.
 """
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -160,6 +162,67 @@ def run_tests(check: Check) -> Record:
         print(done.stdout[-8000:], flush=True)
         raise AssertionError(json.dumps(result))
     return result
+
+
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+SANITIZER_SECONDS = 75.0  # of each, at most: they slow kernels down a hundredfold
+
+
+def sanitize(check: Check) -> Record:
+    """What compute-sanitizer's tools say of `sanitized_calls`, a process each; "absent" where it is not installed."""
+    from fastvq.backends import cuda
+
+    if not check.dry and cuda.missing():
+        return dict.fromkeys(SANITIZER_TOOLS, f"not run: {cuda.missing()}")
+    beside_nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which(str(beside_nvcc))
+    if sanitizer is None:
+        return dict.fromkeys(SANITIZER_TOOLS, "absent")
+    found: Record = {}
+    for name in SANITIZER_TOOLS:
+        command = [sanitizer, "--tool", name, "--error-exitcode", "86", sys.executable, "-m", "benchmarks.gpu_check"]
+        left = min(SANITIZER_SECONDS, max(10.0, check.end - time.monotonic()))
+        try:
+            done = subprocess.run(
+                [*command, "--sanitized", check.device.type],
+                cwd=STAGED,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=left,
+            )
+        except subprocess.TimeoutExpired:
+            found[name] = f"not finished in {left:.0f} s"
+            continue
+        if done.returncode:
+            raise AssertionError(f"{name}, exit status {done.returncode}: {done.stdout[-4000:]}")
+        found[name] = done.stdout.strip().splitlines()[-1]
+    return found
+
+
+def sanitized_calls(device: str) -> int:
+    """A small call of each of the five operators, forward and backward; indices are compared with the reference's."""
+    import fastvq
+
+    backend = "cuda" if device == "cuda" else "reference"
+    torch.manual_seed(0)
+    for n, k, d, dtype in ((300, 200, 8, "float32"), (70, 130, 40, "float16"), (40, 70, 300, "float32")):
+        x, codebook = (torch.randn(rows, d, device=device).to(getattr(torch, dtype)) for rows in (n, k))
+        leaves = [x.requires_grad_(), codebook.requires_grad_()]
+        quantized, indices, loss = fastvq.vector_quantize(x, codebook, codebook_weight=1.0, backend=backend)
+        summed, stages, losses = fastvq.residual_quantize(x, torch.stack([codebook] * 2), backend=backend)
+        torch.autograd.grad(quantized.float().sum() + loss + summed.float().sum() + losses.sum(), leaves)
+        counts, sums = fastvq.code_sums(x.detach(), indices, k, backend=backend)
+        state = [torch.ones_like(sums), torch.ones_like(counts), torch.ones_like(sums)]
+        fastvq.ema_update_(*state, counts, sums, decay=0.9, backend=backend)
+        wanted = fastvq.search(x.detach().cpu(), codebook.detach().cpu(), backend="reference")
+        for found in (indices, stages[..., 0], fastvq.search(x, codebook, backend=backend)):
+            if not torch.equal(found.cpu(), wanted):
+                raise AssertionError(f"{n}, {k}, {d}, {dtype}: an index is not the reference's")
+    print(f"five operators on {device}: as the reference has it")
+    return 0
 
 
 # ---- fast ---------------------------------------------------------------------------------------------------------
@@ -429,6 +492,8 @@ def markdown(report: Record) -> str:
     results = {name: step.get("result") for name, step in report["steps"].items()}
     if results.get("tests"):
         lines += ["", f"Tests on the device: {results['tests']['summary'].strip('= ')}"]
+    if results.get("sanitizer"):
+        lines += ["", "; ".join(f"{name}: {said}" for name, said in results["sanitizer"].items())]
     if results.get("limits"):
         limits = results["limits"]
         lines += [
@@ -477,9 +542,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0, help="no further step or timing begins after that")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps and no others")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sanitized", choices=["cpu", "cuda"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
         return compile_all()
+    if options.sanitized:
+        return sanitized_calls(options.sanitized)
     if not options.dry and not torch.cuda.is_available():
         print("no GPU that torch can use; --dry runs the same on the CPU", file=sys.stderr)
         return 2
@@ -492,6 +560,7 @@ def main() -> int:
         "residual quantiser": lambda: time_residual(check),
         "kernels": lambda: time_kernels(check),
         "tiles": lambda: time_tiles(check),
+        "sanitizer": lambda: sanitize(check),
         "tests": lambda: run_tests(check),  # last: they take what time is left
     }
     unknown = set(options.only or ()) - {"build", *steps}

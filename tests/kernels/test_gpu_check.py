@@ -1,19 +1,23 @@
 """The check for machines with a GPU runs to its end here, on the CPU, so that its first real run does."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments):
+def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", *arguments],
         cwd=ROOT,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -21,7 +25,7 @@ def run(*arguments):
 
 
 def test_a_dry_run_does_every_step(tmp_path):
-    done = run("--dry", "--out", str(tmp_path))
+    done = run("--dry", "--out", str(tmp_path), CUDA_HOME="/nonexistent")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "dry.json").read_text())
     assert {name: step["status"] for name, step in report["steps"].items()} == dict.fromkeys(
@@ -35,6 +39,7 @@ def test_a_dry_run_does_every_step(tmp_path):
             "residual quantiser",
             "kernels",
             "tiles",
+            "sanitizer",
         ),
         "ok",
     )
@@ -44,7 +49,31 @@ def test_a_dry_run_does_every_step(tmp_path):
     assert all(row["ms"] > 0 and row["of_matrix_rate"] > 0 for row in timed), timed
     assert " passed" in results["tests"]["summary"]
     assert all(row["ms"] > 0 for name in ("training step", "residual quantiser") for row in results[name])
-    assert "fastvq triton" in (tmp_path / "dry.md").read_text()
+    page = (tmp_path / "dry.md").read_text()
+    assert "fastvq triton" in page
+    assert shutil.which("compute-sanitizer") or "memcheck: absent; racecheck: absent" in page
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "words"),
+    [
+        ("echo ERROR SUMMARY: 0 errors, $tool", "ok", "ERROR SUMMARY: 0 errors, racecheck"),
+        ("exit 86", "failed", "memcheck, exit status 86: five operators on cpu"),
+    ],
+)
+def test_every_operator_runs_under_each_sanitizer(tmp_path, last, status, words):
+    """With a stand-in that runs the program as it is, and then finds nothing, or something."""
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text(
+        f'#!/bin/sh\n[ "$1 $3 $4" = "--tool --error-exitcode 86" ] || exit 3\ntool=$2\nshift 4\n"$@" && {last}\n'
+    )
+    stand_in.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = run("--dry", "--only", "sanitizer", "--out", str(tmp_path), PATH=path)
+    assert done.returncode == (status == "failed"), done.stderr
+    step = json.loads((tmp_path / "dry.json").read_text())["steps"]["sanitizer"]
+    assert step["status"] == status
+    assert words in (step["result"]["racecheck"] if status == "ok" else step["why"])
 
 
 def test_without_a_gpu_it_says_so():
