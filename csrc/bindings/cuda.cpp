@@ -64,6 +64,18 @@ fastvq::Float type(int number) {
   return static_cast<fastvq::Float>(number);
 }
 
+// How a search is cut, as a dict.
+py::dict described(const fastvq::SearchPlan& plan) {
+  constexpr const char* kOperands[] = {"stored", "rounded", "split"};
+  constexpr const char* kSources[] = {"resident", "streamed", "chunked", "none", "staged"};
+  return py::dict("operand"_a = kOperands[static_cast<int>(plan.operand)],
+                  "source"_a = kSources[static_cast<int>(plan.source)], "width"_a = plan.width, "rows"_a = plan.rows,
+                  "group"_a = plan.tiles.group, "tile"_a = plan.tiles.tile, "stages"_a = plan.tiles.stages,
+                  "warps"_a = plan.tiles.warps, "shared_memory"_a = plan.shared_memory, "splits"_a = plan.splits,
+                  "share"_a = plan.share, "tiles"_a = plan.tile_count, "bits"_a = plan.bits,
+                  "scratch_bytes"_a = plan.scratch_bytes);
+}
+
 // Queues an operator's kernels without the interpreter's lock; what goes wrong is told with the operator's name.
 template <class F>
 void run(const char* name, const F& f) {
@@ -96,15 +108,7 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
   m.def("small_sums_parts", &fastvq::small_sums_parts);
 
   m.def("plan_search", [](const py::tuple& on, int x, int codes, Index heads, Index N, Index K, int D) {
-    constexpr const char* kOperands[] = {"stored", "rounded", "split"};
-    constexpr const char* kSources[] = {"resident", "streamed", "chunked", "none", "staged"};
-    const fastvq::SearchPlan plan = fastvq::plan_search(device(on), type(x), type(codes), heads, N, K, D);
-    return py::dict("operand"_a = kOperands[static_cast<int>(plan.operand)],
-                    "source"_a = kSources[static_cast<int>(plan.source)], "width"_a = plan.width, "rows"_a = plan.rows,
-                    "group"_a = plan.tiles.group, "tile"_a = plan.tiles.tile, "stages"_a = plan.tiles.stages,
-                    "warps"_a = plan.tiles.warps, "shared_memory"_a = plan.shared_memory, "splits"_a = plan.splits,
-                    "share"_a = plan.share, "tiles"_a = plan.tile_count, "bits"_a = plan.bits,
-                    "scratch_bytes"_a = plan.scratch_bytes);
+    return described(fastvq::plan_search(device(on), type(x), type(codes), heads, N, K, D));
   });
 
   m.def("search",
@@ -120,9 +124,8 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
           });
         });
 
-  m.def("stages_scratch", [](const py::tuple& on, int x, int codes, Index heads, int stages, Index N, Index K, int D) {
-    const auto plan = fastvq::plan_stages(device(on), type(x), type(codes), heads, stages, N, K, D);
-    return plan.source == fastvq::Source::none ? py::object(py::none()) : py::object(py::int_(plan.scratch_bytes));
+  m.def("plan_stages", [](const py::tuple& on, int x, int codes, Index heads, int stages, Index N, Index K, int D) {
+    return described(fastvq::plan_stages(device(on), type(x), type(codes), heads, stages, N, K, D));
   });
 
   m.def("search_stages",
@@ -168,6 +171,19 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
                          pointer<void>(counts), pointer<void>(sums), type(out_type), pointer<double>(parts), stream);
     });
   });
+
+  m.def("small_differences",
+        [](const py::tuple& x, const py::tuple& codes, Address indices, Index Q, Address mask, Address kept,
+           Address grad_loss, int loss_type, Index heads, Index K, int D, double factor, Address sums,
+           Index stride_sums, int out_type, Address parts, Address rest, Address stream) {
+          const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+          run("codebook gradient", [&] {
+            fastvq::small_differences(x_rows, code_rows, pointer<Index>(indices), Q, pointer<std::uint8_t>(mask),
+                                      pointer<Index>(kept), pointer<void>(grad_loss), type(loss_type), heads, K, D,
+                                      factor, pointer<void>(sums), stride_sums, type(out_type), pointer<double>(parts),
+                                      pointer<void>(rest), stream);
+          });
+        });
 
   m.def("sort_keys", [](Address indices, Address mask, Index heads, Index N, Index Q, Index K, int key_bytes,
                         bool checked, Address keys, Address stream) {

@@ -47,6 +47,14 @@ void small_sums(const Rows& x, const std::int64_t* indices, const std::uint8_t* 
                 std::int64_t K, int D, bool checked, void* counts, void* sums, Float type, double* parts,
                 std::uintptr_t stream);
 
+// The same of (row - code) * 2 grad_loss / elements, times `factor`, for indices (H, N, Q), of which the first a row
+// counts; sums (H, K, D) with head stride `stride_sums`. row - code goes to `rest` (H, N, D) of the working type, which
+// may be what x is, or nullptr.
+void small_differences(const Rows& x, const Rows& codes, const std::int64_t* indices, std::int64_t Q,
+                       const std::uint8_t* mask, const std::int64_t* kept, const void* grad_loss, Float loss_type,
+                       std::int64_t heads, std::int64_t K, int D, double factor, void* sums, std::int64_t stride_sums,
+                       Float type, double* parts, void* rest, std::uintptr_t stream);
+
 // ---- sums by code: csrc/cuda/code_sums.cu explains chunks, levels and slots
 // --------------------------------------------
 
@@ -73,8 +81,7 @@ void code_starts(const ByCode& by_code, std::int64_t problems, std::int64_t* sta
 void sum_rows(const Rows& x, const ByCode& by_code, std::int64_t heads, int D, std::int64_t size, void* counts,
               void* sums, Float type, double* chunks, std::uintptr_t stream);
 
-// The same of (row - code) * 2 grad_loss / elements, times `factor`; sums (H, K, D) with head stride `stride_sums`.
-// row - code goes to `rest` (H, N, D) of the working type, which may be what x is, or nullptr.
+// The same of the differences of `small_differences`.
 void sum_differences(const Rows& x, const Rows& codes, const ByCode& by_code, const std::int64_t* kept,
                      const void* grad_loss, Float loss_type, std::int64_t heads, int D, std::int64_t size,
                      double factor, void* sums, std::int64_t stride_sums, Float type, double* chunks, void* rest,

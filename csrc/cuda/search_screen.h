@@ -312,13 +312,26 @@ __device__ __forceinline__ void load_rows(const ScreenArguments& a, std::int64_t
   const float* centre = a.frame + head * P::kWidth;
   float code_scale = 1.0f;
   if constexpr (P::kOperand != Operand::stored) code_scale = power_of_two(__uint_as_float(a.figures[head].reach));
-#pragma unroll
+  // Only where no type has to be told apart do the loads of several rows overlap; elsewhere that is code eight times
+  // over.
+#pragma unroll(P::kOperand == Operand::stored ? 2 * P::kM : 1)
   for (int r = 0; r < 2 * P::kM; ++r) {
     const std::int64_t n = first_row + r * 8 + lane / 4;
     const bool alive = n < a.x.count;
     const std::int64_t at = alive ? a.x.offset(head, n) : 0;
     float kept = 0, lost = 0, row_scale = 1.0f;
+    std::uint32_t words[P::kSteps][2];
     if constexpr (P::kOperand == Operand::split) {
+      float values[P::kSteps][4];
+      with_type(a.x.type, [&](auto* type) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+#pragma unroll
+        for (int j = 0; j < 4 * P::kSteps; ++j) {
+          const SplitPlace place = split_place(16 * (j / 4) + 4 * t + j % 4, a.D);
+          const bool read = place.part < Part::bias && alive;
+          values[j / 4][j % 4] = read ? to_float(static_cast<const T*>(a.x.data)[at + place.dim * a.x.dim]) : 0.0f;
+        }
+      });
 #pragma unroll
       for (int s = 0; s < P::kSteps; ++s) {
         Element part[4];
@@ -326,9 +339,7 @@ __device__ __forceinline__ void load_rows(const ScreenArguments& a, std::int64_t
         for (int j = 0; j < 4; ++j) {
           const SplitPlace place = split_place(16 * s + 4 * t + j, a.D);
           float value = 0.0f;
-          if (place.part < Part::bias && alive) {
-            value = (load_float(a.x, at + place.dim * a.x.dim) - centre[place.dim]) * code_scale;
-          }
+          if (place.part < Part::bias && alive) value = (values[s][j] - centre[place.dim]) * code_scale;
           const Element high = rounded_to<Element>(value);
           const Element low = rounded_to<Element>(value - to_float(high));
           if (place.part == Part::high_high) {
@@ -339,8 +350,8 @@ __device__ __forceinline__ void load_rows(const ScreenArguments& a, std::int64_t
           part[j] = place.part == Part::low_high ? low : high;
           part[j] = rounded_to<Element>(place.part == Part::bias ? 1.0f : -to_float(part[j]));
         }
-        operand[r / 2][s][r % 2] = pair_bits(part[0], part[1]);
-        operand[r / 2][s][r % 2 + 2] = pair_bits(part[2], part[3]);
+        words[s][0] = pair_bits(part[0], part[1]);
+        words[s][1] = pair_bits(part[2], part[3]);
       }
     } else {
       const auto load = [&](int s) {
@@ -373,15 +384,25 @@ __device__ __forceinline__ void load_rows(const ScreenArguments& a, std::int64_t
           kept = fmaf(value, value, kept);
           lost = fmaf(v[j] - value, v[j] - value, lost);
         }
-        operand[r / 2][s][r % 2] = pair_bits(e[0], e[1]);
-        operand[r / 2][s][r % 2 + 2] = pair_bits(e[2], e[3]);
+        words[s][0] = pair_bits(e[0], e[1]);
+        words[s][1] = pair_bits(e[2], e[3]);
       }
     }
     const float ratio = code_scale * reciprocal(P::kOperand == Operand::rounded ? row_scale : code_scale);
     const float norm = norm_bound(quad_sum(kept), a.D);
     float residual = 0.0f;
     if constexpr (P::kOperand != Operand::stored) residual = residual_bound(quad_sum(lost), norm, a.D);
-    factor[r] = -ratio;
+    // Registers have no address: the row that this is gets its own.
+#pragma unroll
+    for (int i = 0; i < 2 * P::kM; ++i) {
+      if (i != r) continue;
+      factor[i] = -ratio;
+#pragma unroll
+      for (int s = 0; s < P::kSteps; ++s) {
+        operand[i / 2][s][i % 2] = words[s][0];
+        operand[i / 2][s][i % 2 + 2] = words[s][1];
+      }
+    }
     if (t == 0) lengths[r * 8 + lane / 4] = {norm * ratio, residual * ratio};
   }
   __syncwarp();
@@ -463,28 +484,27 @@ __global__ void __launch_bounds__(P::kThreads, 1) resident_kernel(const ScreenAr
   auto* shared = dynamic_shared<unsigned char>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* lengths = reinterpret_cast<Lengths*>(shared + a.tiles * P::kTileBytes) + warp * 16 * P::kM;
-  const std::int64_t head = blockIdx.y;
+  const unsigned head = blockIdx.y;
   const int tiles = static_cast<int>(a.tiles);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int at = tile * P::kTileBytes;
-    copy_block<P, P::kTileBytes>(shared + at, a.packed + head * tiles * P::kTileBytes + at);
+    copy_block<P, P::kTileBytes>(shared + at, a.packed + head * a.tiles * P::kTileBytes + at);
   }
   ptx::copy_commit();
   ptx::copy_wait<0>();
   __syncthreads();
-  const std::int64_t all = static_cast<std::int64_t>(gridDim.x) * P::kRows;
-  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * P::kRows + warp * 16 * P::kM; first < a.x.count;
-       first += all) {
+  for (unsigned block = blockIdx.x; block < a.row_blocks; block += gridDim.x) {
+    const auto first = [&] { return static_cast<std::int64_t>(block) * P::kRows + warp * 16 * P::kM; };
     std::uint32_t operand[P::kM][P::kSteps][4];
     float factor[2 * P::kM];
-    load_rows<P>(a, head, first, lane, operand, factor, lengths);
+    load_rows<P>(a, head, first(), lane, operand, factor, lengths);
     Smallest seen[2 * P::kM];
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       screen_tile<P>(shared + tile * P::kTileBytes, tile * P::kSegments, -(1 << a.bits), lane, operand, factor, seen);
     }
-    settle_rows<P>(a, head, first, seen, lengths, 0, lane,
+    settle_rows<P>(a, head, first(), seen, lengths, 0, lane,
                    [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
     __syncwarp();
   }
@@ -522,8 +542,9 @@ __global__ void __launch_bounds__(P::kThreads, 1) streamed_kernel(const ScreenAr
   auto* shared = dynamic_shared<unsigned char>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* lengths = reinterpret_cast<Lengths*>(shared + P::kStages * P::kTileBytes) + warp * 16 * P::kM;
-  const std::int64_t head = blockIdx.x / a.row_blocks;
-  const std::int64_t first = (blockIdx.x % a.row_blocks) * P::kRows + warp * 16 * P::kM;
+  const unsigned head = blockIdx.x / static_cast<unsigned>(a.row_blocks);
+  const unsigned block = blockIdx.x - head * static_cast<unsigned>(a.row_blocks);
+  const auto first = [&] { return static_cast<std::int64_t>(block) * P::kRows + warp * 16 * P::kM; };
   const std::int64_t first_tile = blockIdx.y * a.share;
   const int tiles = static_cast<int>(a.tiles - first_tile < a.share ? a.tiles - first_tile : a.share);
   const unsigned char* source = a.packed + (head * a.tiles + first_tile) * P::kTileBytes;
@@ -531,8 +552,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) streamed_kernel(const ScreenAr
   float factor[2 * P::kM];
   Smallest seen[2 * P::kM];
   screen_tiles<P>(shared, source, tiles, -(1 << a.bits), lane, operand, factor, seen,
-                  [&] { load_rows<P>(a, head, first, lane, operand, factor, lengths); });
-  settle_rows<P>(a, head, first, seen, lengths, first_tile * P::kSegments, lane,
+                  [&] { load_rows<P>(a, head, first(), lane, operand, factor, lengths); });
+  settle_rows<P>(a, head, first(), seen, lengths, first_tile * P::kSegments, lane,
                  [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
 }
 

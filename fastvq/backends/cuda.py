@@ -60,7 +60,7 @@ def _stream(t: Tensor) -> int:
 def _call(function: Callable[..., None], t: Tensor, *arguments: Any) -> None:
     """Call a kernel's host function on the device and stream of `t`."""
     if not t.is_cuda:
-        function(*arguments, 0)
+        function(*arguments, _stream(t))
         return
     with torch.cuda.device_of(t):
         _kernels.set_device(t.device.index)  # the extension's runtime is not torch's, and has a current device too
@@ -203,11 +203,11 @@ def vector_quantize_backward(
             _address(grad_x),
         )
     if need_codebook:
-        rows = gathered(x, per_head)
-        flat_mask = None if dense is None else dense.view(rows.heads, rows.length)
-        by_code = _rows_by_code(indices.view(rows.heads, rows.length, 1), flat_mask, codes.shape[1], checked=False)
+        heads, K, _ = codes.shape
+        shape = heads, indices.numel() // max(heads, 1)
+        chosen = _Chosen(indices.view(*shape, 1), None if dense is None else dense.view(shape), K)
         target = grad_codebook.view(codes.shape)
-        _code_gradients(rows, by_code, codes, grad_loss, kept, -codebook_weight, target)
+        _code_gradients(x, per_head, chosen, 0, codes, grad_loss, kept, -codebook_weight, target)
     return grad_x, grad_codebook
 
 
@@ -245,10 +245,29 @@ def _rows_by_code(indices: Tensor, mask: Tensor | None, K: int, *, checked: bool
         indices,
         *[_address(indices), _address(mask), heads, N, Q, K, keys.element_size(), checked, _address(keys)],
     )
-    codes, order = keys.sort(dim=1, stable=True)  # CUB's radix sort, on a device
+    # CUB's radix sort, as torch has it: its scratch comes from torch's allocator, so a graph can capture it.
+    codes, order = keys.sort(dim=1, stable=True)
     by_code = _ByCode(codes, order, _empty((heads * Q, K + 1), torch.int64, indices))
     _call(_kernels.code_starts, indices, by_code.arguments(), heads * Q, _address(by_code.starts))
     return by_code
+
+
+class _Chosen:
+    """The codes that rows chose, indices (H, N, Q) and mask (H, N), dense; sorted when that is first needed."""
+
+    def __init__(self, indices: Tensor, mask: Tensor | None, K: int) -> None:
+        self.indices, self.mask, self.K = indices, mask, K
+
+    @functools.cached_property
+    def by_code(self) -> _ByCode:
+        return _rows_by_code(self.indices, self.mask, self.K, checked=False)
+
+
+def _small_parts(rows: Rows, K: int) -> Tensor | None:
+    """The partial sums of blocks that add in shared memory, none for a single block; None where K * D do not fit it."""
+    blocks = _kernels.small_sums_parts(rows.length, K, rows.dim, rows.tensor.element_size())
+    shape = (rows.heads, blocks if blocks > 1 else 0, K, rows.dim + 1)
+    return _empty(shape, torch.float64, rows.tensor) if blocks else None
 
 
 def _add_up(by_code: _ByCode, sums: Tensor, factor: float, add_rows: Callable[[int, Tensor], None]) -> None:
@@ -273,8 +292,10 @@ def _add_up(by_code: _ByCode, sums: Tensor, factor: float, add_rows: Callable[[i
 
 
 def _code_gradients(
-    rows: Rows,
-    by_code: _ByCode,
+    x: Tensor,
+    per_head: bool,
+    chosen: _Chosen,
+    q: int,
     codes: Tensor,
     grad_loss: Tensor,
     kept: Tensor | None,
@@ -282,12 +303,27 @@ def _code_gradients(
     gradients: Tensor,
     rest: Tensor | None = None,
 ) -> None:
-    """Gradients (H, K, D) of factor / 2 * grad_loss * mean((c - x)^2); what is left of the rows to `rest` (H, N, D)."""
+    """Gradients (H, K, D) of factor / 2 * grad_loss * mean((c - x)^2); what is left of the rows to `rest` (H, N, D).
+
+    `q` is which of the indices of a row counts. In shared memory where all sums fit it, else sorted by code.
+    """
+    rows, stages = rows_of(x, per_head), chosen.indices.shape[2]
+    parts = _small_parts(rows, chosen.K)
+    if parts is not None:
+        _call(
+            _kernels.small_differences,
+            x,
+            *[_pass(rows), _pass(_code_rows(codes)), _address(chosen.indices[:, :, q:]), stages, _address(chosen.mask)],
+            *[_address(kept), _address(grad_loss), _type(grad_loss), rows.heads, chosen.K, rows.dim, factor],
+            *[_address(gradients), gradients.stride(0), _type(gradients), _address(parts), _address(rest)],
+        )
+        return
+    rows, by_code = gathered(x, per_head), chosen.by_code.stage(q, stages)
 
     def add_differences(size: int, chunks: Tensor) -> None:
         _call(
             _kernels.sum_differences,
-            rows.tensor,
+            x,
             *[_pass(rows), _pass(_code_rows(codes)), by_code.arguments(), _address(kept), _address(grad_loss)],
             *[_type(grad_loss), rows.heads, rows.dim, size, factor, _address(gradients), gradients.stride(0)],
             *[_type(gradients), _address(chunks), _address(rest)],
@@ -311,9 +347,8 @@ def code_sums(
     flat_mask = None if mask is None else mask.contiguous().view(heads, N)
     counts = _empty((heads, K), working_dtype(x), x)
     sums = _empty((heads, K, D), working_dtype(x), x)
-    blocks = _kernels.small_sums_parts(N, K, D, x.element_size())
-    if blocks:
-        parts = _empty((heads, blocks if blocks > 1 else 0, K, D + 1), torch.float64, x)
+    parts = _small_parts(rows, K)
+    if parts is not None:
         _call(
             _kernels.small_sums,
             x,
@@ -376,9 +411,9 @@ def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.
     codes = codebooks.resolve_neg().to(working_dtype(x, codebooks)).contiguous()
     shape = (rows.heads, stages, *codes.shape[-2:])
     types = _type(rows.tensor), _type(codes)
-    scratch_bytes = _kernels.stages_scratch(device, *types, *shape[:2], rows.length, *shape[2:])
-    if scratch_bytes is not None:
-        scratch = _empty(scratch_bytes, torch.uint8, x)
+    plan = _kernels.plan_stages(device, *types, *shape[:2], rows.length, *shape[2:])
+    if plan["source"] == "staged":
+        scratch = _empty(plan["scratch_bytes"], torch.uint8, x)
         _call(
             _kernels.search_stages,
             x,
@@ -453,14 +488,13 @@ def residual_quantize_backward(
             *[_type(grad_losses), rows.heads, stages, rows.dim, _address(grad_x)],
         )
     if need_codebooks:
-        rows = gathered(x, per_head)
-        heads = rows.heads
-        residual = _empty((heads, rows.length, D), work, x)
-        by_code = _rows_by_code(indices.view(heads, rows.length, stages), None, K, checked=False)
+        heads = codes.shape[0] // stages
+        chosen = _Chosen(indices.view(heads, indices.numel() // max(heads * stages, 1), stages), None, K)
+        residual = _empty((heads, chosen.indices.shape[1], D), work, x)
         targets, by_stage = grad_codebooks.view(heads, stages, K, D), codes.view(heads, stages, K, D)
         for q in range(stages):
             rest = residual if q + 1 < stages else None
-            stage, stage_codes = by_code.stage(q, stages), _codes(by_stage[:, q], rows.tensor)
-            _code_gradients(rows, stage, stage_codes, grad_losses[q], None, -1.0, targets[:, q], rest)
-            rows = rows_of(residual, True)
+            stage_codes = _codes(by_stage[:, q], x)
+            _code_gradients(x, per_head, chosen, q, stage_codes, grad_losses[q], None, -1.0, targets[:, q], rest)
+            x, per_head = residual, True
     return grad_x, grad_codebooks

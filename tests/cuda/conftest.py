@@ -38,6 +38,20 @@ def kernels(shim_module, monkeypatch):
     return shim_module
 
 
+@pytest.fixture
+def by_sorting(shim_module, monkeypatch):
+    """Sums by code as if none fitted shared memory."""
+    monkeypatch.setattr(shim_module, "small_sums_parts", lambda *_: 0)
+
+
+@pytest.fixture(params=["in shared memory", "sorted"])
+def way(request):
+    """Both ways to sums by code, where both can go."""
+    if request.param == "sorted":
+        request.getfixturevalue("by_sorting")
+    return request.param
+
+
 @pytest.fixture(params=[1, 2, 3])
 def seed(request, shim_module):
     """Several orders in which warps and lanes run."""

@@ -9,7 +9,7 @@ from shimmed import dies
 
 from fastvq.backends import cuda, reference
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "way")
 
 
 def by_chunks(rows, size):
@@ -20,19 +20,6 @@ def by_chunks(rows, size):
     for row in rows.double():
         total += row
     return total
-
-
-@pytest.fixture(params=["in shared memory", "sorted"], autouse=True)
-def way(request, shim_module, monkeypatch):
-    """Both ways, where both can go."""
-    if request.param == "sorted":
-        monkeypatch.setattr(shim_module, "small_sums_parts", lambda *_: 0)
-    return request.param
-
-
-@pytest.fixture
-def by_sorting(shim_module, monkeypatch):
-    monkeypatch.setattr(shim_module, "small_sums_parts", lambda *_: 0)
 
 
 def check(x, indices, size, mask=None, per_head=False, guard="end"):

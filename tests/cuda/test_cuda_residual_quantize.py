@@ -24,6 +24,7 @@ def check_backward(x, codebooks, needs=(True, True), guard="end"):
         assert_same_bits(gradient, right, f"gradient of {name}")
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["scaled_rows", "not_finite"])
 def test_gradients_of_families(family, dtype):
@@ -31,11 +32,13 @@ def test_gradients_of_families(family, dtype):
     check_backward(x, codes.view(3, 3, 5), guard="start")
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("n", "q", "k", "d"), [(0, 2, 2, 3), (1, 1, 1, 1), (5, 4, 2, 1), (3, 2, 2, 300)])
 def test_gradients_of_shapes(n, q, k, d):
     check_backward(torch.randn(n, d), torch.randn(q, k, d))
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_with_heads_and_strides():
     image = torch.randn(2, 4, 3, 5).permute(0, 2, 3, 1)
     check_backward(image, torch.randn(4, 2, 3).permute(1, 2, 0))

@@ -239,9 +239,11 @@ def test_stages_that_need_every_code():
 def test_stages_fit_their_device(kernels):
     for device in DEVICES:
         for d in (1, 32, 33, 128):
-            assert kernels.stages_scratch(device, 0, 0, 1, 8, 10**6, 1024, d) is not None, (device, d)
-        assert kernels.stages_scratch(device, 0, 0, 1, 8, 10**6, 1024, 129) is None
-        assert kernels.stages_scratch(device, 3, 3, 1, 8, 10**6, 1024, 8) is None
+            plan = kernels.plan_stages(device, 0, 0, 1, 8, 10**6, 1024, d)
+            assert plan["source"] == "staged", (device, d)
+            assert plan["shared_memory"] <= device[2], (device, d)
+        assert kernels.plan_stages(device, 0, 0, 1, 8, 10**6, 1024, 129)["source"] == "none"
+        assert kernels.plan_stages(device, 3, 3, 1, 8, 10**6, 1024, 8)["source"] == "none"
 
 
 # ---- how a search is cut ------------------------------------------------------------------------------------------
@@ -272,6 +274,31 @@ def test_every_plan_fits_its_device(kernels):
         *[(operand, "streamed", width) for operand in ("rounded", "stored") for width in (32, 64, 128, 256)],
         *[(operand, "chunked", 0) for operand in ("rounded", "stored")],
     }
+
+
+def test_the_policies_by_architecture_and_shape(kernels):
+    """Many rows: small codebooks stay in the shared memory that a device has, blocks of 256 rows stream the others."""
+    roomy = {80: True, 86: False, 89: False, 90: True, 100: True, 120: False}
+    for device in DEVICES:
+        of_64 = ("resident", 512, 128) if roomy[device[0]] else ("streamed", 256, 128)
+        for x, k, d, operand, width, cut in (
+            (torch.float32, 1024, 2, "split", 16, ("resident", 512, 256)),
+            (torch.float32, 1024, 8, "split", 32, ("resident", 512, 128)),
+            (torch.float32, 1 << 16, 16, "split", 64, ("streamed", 256, 64)),
+            (torch.bfloat16, 1024, 64, "stored", 64, of_64),
+            (torch.float16, 1 << 16, 8, "stored", 32, ("streamed", 256, 128)),
+            (torch.bfloat16, 1 << 16, 64, "stored", 64, ("streamed", 256, 128)),
+            (torch.float32, 1 << 16, 128, "rounded", 128, ("streamed", 256, 64)),
+            (torch.float32, 1024, 256, "rounded", 256, ("streamed", 256, 64)),
+            (torch.float32, 1 << 16, 512, "rounded", 512, ("chunked", 256, 64)),
+        ):
+            plan = cuda.plan_search(device, x, x, 1, 10**6, k, d)
+            found = plan["operand"], plan["width"], (plan["source"], plan["rows"], plan["tile"])
+            assert found == (operand, width, cut), (device, x, k, d)
+            assert plan["splits"] == 1
+            few = cuda.plan_search(device, x, x, 1, 1, 1 << 20, d)
+            assert few["splits"] == min(64, device[1]), (device, x, d)
+            assert plan == cuda.plan_search(device, x, x, 1, 10**6, k, d)
 
 
 def test_what_the_screen_cannot_take_is_scored_whole(kernels):

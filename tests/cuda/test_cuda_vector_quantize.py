@@ -40,6 +40,7 @@ def check(x, codebook, mask=None, guard="end", weights=(0.25, 0.7), needs=(True,
         assert_same_bits(gradient, right, f"gradient of {name}")
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["scaled_rows", "not_finite"])
 def test_families(family, dtype):
@@ -47,6 +48,7 @@ def test_families(family, dtype):
     check(*make(family, 23, 4, 16, dtype), guard="start")
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("x", "codebook"), [(torch.float16, torch.float64), (torch.float64, torch.bfloat16), (torch.float32, torch.float16)]
 )
@@ -55,6 +57,7 @@ def test_mixed_dtypes(x, codebook):
     check(torch.randn(9, 8).to(x), torch.randn(3, 8).to(codebook))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("n", "k", "d"), [(0, 2, 3), (1, 1, 1), (1030, 2, 1), (3, 2, 300), (40, 9, 252), (5, 3, 1023)])
 def test_shapes(n, k, d):
     check(torch.randn(n, d), torch.randn(k, d))
@@ -66,6 +69,7 @@ def test_rows_in_vectors_in_several_blocks(dtype, seed):
     check(torch.randn(2, 600, 32).to(dtype), torch.randn(2, 3, 32).to(dtype), torch.rand(2, 600) < 0.5)
 
 
+@pytest.mark.usefixtures("way")
 def test_masks_and_heads():
     x, codebook, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 4), torch.rand(2, 3, 5) < 0.6
     x[~mask] = torch.nan
@@ -79,6 +83,7 @@ def test_only_what_is_needed_is_computed(needs):
     check(torch.randn(8, 3), torch.randn(2, 3), needs=needs)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "view",
     [
@@ -130,7 +135,18 @@ def test_an_image_is_read_where_it_lies(monkeypatch):
     cuda.vector_quantize_backward(x, torch.tensor(1.0), x, codebook, indices, None, 1.0, 1.0, True, False)
 
 
-def test_a_codebook_gradient_by_chunks(monkeypatch):
+def test_a_small_codebook_has_its_gradient_without_a_sort(monkeypatch):
+    """In several blocks of 8192 rows; integers and powers of two, exact in any order."""
+    monkeypatch.setattr(cuda, "_rows_by_code", lambda *_, **__: pytest.fail("sorted"))
+    x, codebook = torch.randint(-9, 9, (8200, 2)).float(), torch.randint(-9, 9, (5, 2)).float()
+    arguments = torch.zeros_like(x), torch.tensor(8200.0), x, codebook, torch.randint(5, (8200,)), None, 0.5, 2.0
+    found, wanted = (way.vector_quantize_backward(*arguments, False, True) for way in (cuda, reference))
+    assert_same_bits(found[1], wanted[1])
+    with pytest.raises(pytest.fail.Exception, match="sorted"):
+        cuda.vector_quantize_backward(*arguments[:3], torch.randn(4000, 2).repeat(4, 1), *arguments[4:], False, True)
+
+
+def test_a_codebook_gradient_by_chunks(by_sorting, monkeypatch):
     """Integers and powers of two: exact in any order, so that a lost or doubled chunk is all that can differ."""
     monkeypatch.setattr(cuda, "CHUNK", 4)
     x, codebook = torch.randint(-9, 9, (2, 70, 4)).float(), torch.randint(-9, 9, (2, 2, 4)).float()

@@ -77,6 +77,8 @@ struct cudaLaunchConfig_t {
 };
 
 extern "C" __attribute__((visibility("default"))) void fastvq_shim_seed(std::uint64_t seed);
+// The only stream that launches may name from now on; at first the null stream.
+extern "C" __attribute__((visibility("default"))) void fastvq_shim_stream(std::uintptr_t stream);
 
 namespace shim {
 

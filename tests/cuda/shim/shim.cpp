@@ -136,6 +136,7 @@ const std::function<void()>* body = nullptr;
 int arriving_sum = 0, barrier_sum = 0;       // of what threads bring to the next barrier, and brought to the last
 std::map<const void*, std::size_t> allowed;  // dynamic shared memory, by kernel
 std::uint64_t random_state = 1;
+std::uintptr_t only_stream = 0;
 
 unsigned char* shared_region = nullptr;  // ends where touching memory is fatal
 unsigned char* shared_memory = nullptr;
@@ -358,6 +359,8 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
     return cudaErrorInvalidConfiguration;
   }
   if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
+  if (reinterpret_cast<std::uintptr_t>(config.stream) != only_stream)
+    fail("a launch on another stream than the call's");
   if (!shared_region) make_shared_region();
 #if !defined(__SANITIZE_ADDRESS__)
   struct sigaction mine = {}, before;
@@ -466,4 +469,8 @@ void async_wait(unsigned newest_groups_left) {
 
 void fastvq_shim_seed(std::uint64_t seed) {
   shim::random_state = 2 * seed + 1;
+}
+
+void fastvq_shim_stream(std::uintptr_t stream) {
+  shim::only_stream = stream;
 }
