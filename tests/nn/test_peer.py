@@ -12,6 +12,7 @@ import torch
 from common import CODES, DIM, assert_same, pair, step
 from differential import (
     BATCH,
+    FACTORS,
     LEARNABLE,
     LENGTH,
     PLAIN,
@@ -23,6 +24,7 @@ from differential import (
     compare_near_ties,
     compare_options,
     compare_ties,
+    pairs_of,
     pairwise,
 )
 from differential import CODES as DIFFERENTIAL_CODES
@@ -154,6 +156,25 @@ def test_checkpoints_load_both_ways(options: dict[str, object]) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     if not affine:
         assert_same(fresh.state_dict(), before, rtol=0, atol=0)  # no k-means: the checkpoint says it is done
+
+
+def test_the_grid_covers_every_pair_of_levels() -> None:
+    """But for those which no case of the peer's survives: these are known, each by the two levels."""
+    covered = set().union(*map(pairs_of, pairwise()))
+    everything = {
+        ((factor, level), (other, its))
+        for factor, other in itertools.combinations(FACTORS, 2)
+        for level, its in itertools.product(FACTORS[factor], FACTORS[other])
+    }
+    heads_or_layouts = ("shared", "separate", "projected", "image", "volume", "single")
+    impossible = {
+        *(("cosine", teacher) for teacher in ("learnable", "in place")),
+        *itertools.product(heads_or_layouts, ("mask", "lens")),
+        ("first", "lens"),
+        *itertools.product(("in place", "projected"), ("bfloat16", "float64")),
+    }
+    assert {(level, its) for (_, level), (_, its) in everything - covered} == impossible
+    assert covered <= everything
 
 
 @pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(case.values()))
