@@ -138,7 +138,7 @@ void PackedCodebook::prepare_screen(int threads) {
     mean_norm += m * m;
     mean_largest = std::max(mean_largest, std::fabs(m));
   }
-  const double spread = std::max(0.0, squares / static_cast<double>(finite) - mean_norm);
+  const double square = squares / static_cast<double>(finite), spread = std::max(0.0, square - mean_norm);
   const bool centred = view_.metric == Metric::kEuclidean && mean_norm > 0.25 * spread && mean_largest < kInfinity;
   if (centred) {
     mean_ = Buffer<float>(width);
@@ -148,6 +148,7 @@ void PackedCodebook::prepare_screen(int threads) {
   }
   // A scale that keeps squares far from overflow and underflow; 1 for all but extreme data.
   if (largest > 0 && (largest < 0x1p-20 || largest > 0x1p20)) view_.scale = std::ldexp(1.0, -std::ilogb(largest));
+  typical_ = view_.scale * std::sqrt((centred ? spread : square) / static_cast<double>(width));
 
   // Pass 2: the screened codes, their norms and the residuals of rounding them.
   const bool copied = centred || view_.scale != 1 || finite != view_.size;
@@ -199,13 +200,36 @@ void PackedCodebook::exclude_copies(const std::uint32_t* hashes) {
   }
 }
 
+// Where a few dimensions are far longer than the others, one scale for all leaves those few levels. A Hadamard
+// transform evens them out and keeps all distances, but for a factor. Sets n, 1 where that does not pay; returns the
+// largest magnitude of what is to be rounded.
+float PackedCodebook::choose_block(int threads) {
+  constexpr double kUneven = 6.5;  // the largest of some million Gaussian values is six times as long as a typical one
+  constexpr double kGain = 1.25;   // finer levels that pay for the transform of each row
+  const std::int64_t width = view_.width, block = width & -width;
+  if (block < 4 || screen_largest_ < kUneven * typical_) return screen_largest_;
+  const RowKernel& kernel = row_kernel();
+  std::vector<float> largest(tasks_of(view_.groups), 0.0f);
+  for_each_group(view_.groups, threads, [&](std::int64_t g, std::int64_t task) {
+    const Buffer<float> transformed(width * kGroup);
+    const float of_group = kernel.transform(view_.screen + g * width * kGroup, width, block, transformed.get());
+    largest[task] = std::max(largest[task], of_group);
+  });
+  const float most = *std::max_element(largest.begin(), largest.end());
+  if (most * kGain > screen_largest_ * std::sqrt(static_cast<double>(block))) return screen_largest_;
+  view_.int8_block = block;
+  // Each of its log2(n) steps rounds every value once.
+  for (std::int64_t n = block; n > 1; n /= 2) view_.int8_rounding += 0x1p-24 * (1 + 1e-5);
+  return most;
+}
+
 void PackedCodebook::prepare_int8(bool floats, int threads) {
   constexpr std::int64_t kFewestCodes = 64;  // below, quantising the rows costs more than it saves
   constexpr std::int64_t kWidest = 4096;     // above, the bias does not fit into int16
   const std::int64_t width = view_.width, groups = view_.groups, quads = (width + 3) / 4;
   if (view_.size < kFewestCodes || width < 4 || width > kWidest) return;
-  const float scale = screen_largest_ / 127;
-  if (!(scale > 0x1p-60f)) return;
+  if (!(screen_largest_ / 127 > 0x1p-60f)) return;
+  const float scale = choose_block(threads) / 127;
 
   if (!floats || screen_) {  // else view() finds them
     rows_ = Buffer<float>(groups * kGroup * width);
@@ -219,11 +243,13 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
   const RowKernel& kernel = row_kernel();
   std::vector<CodeExtremes> extremes(tasks_of(groups));
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
-    kernel.quantise(view_.screen + g * width * kGroup, view_.bias + g * kGroup, width, scale,
+    const float* group = view_.screen + g * width * kGroup;
+    const Buffer<float> transformed(width * kGroup);
+    if (view_.int8_block > 1) kernel.transform(group, width, view_.int8_block, transformed.get());
+    kernel.quantise(view_.int8_block > 1 ? transformed.get() : group, view_.bias + g * kGroup, width, scale,
                     int8_codes_.get() + g * quads * 4 * kGroup, int8_start_.get() + g * kGroup,
                     int8_whole_start_.get() + g * kGroup, int8_bias_.get() + g * kGroup, &extremes[task]);
     if (!rows_) return;
-    const float* group = view_.screen + g * width * kGroup;
     for (int j = 0; j < kGroup; ++j)
       for (std::int64_t d = 0; d < width; ++d) rows_[(g * kGroup + j) * width + d] = group[d * kGroup + j];
   });
@@ -235,13 +261,19 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
     view_.bias_low = std::max(view_.bias_low, e.bias_low);
   }
   // From the screened float32 codes; their own residual E is added. The factor covers sums of D squares in float32.
-  view_.int8_residual =
-      std::sqrt(residual * (1 + 1e-6 + static_cast<double>(width) * 0x1p-23)) * (1 + 1e-6) + view_.residual;
+  // Of a transform the length is taken back, and what its additions round is added.
+  const double length = std::sqrt(static_cast<double>(view_.int8_block));
+  view_.int8_residual = std::sqrt(residual * (1 + 1e-6 + static_cast<double>(width) * 0x1p-23)) / length * (1 + 1e-6) +
+                        view_.int8_rounding * view_.screen_norm + view_.residual;
+  // Up to there the bias, s_c / s_x |q|^2 / 2 at most, is small beside what rounding a row does to a product, some
+  // sqrt(D / 12) |q|.
+  const double half_norm = 1024 * view_.bias_high + 32 * view_.bias_low + view_.bias_error;
+  view_.int8_no_bias = static_cast<float>(std::sqrt(static_cast<double>(width) / (24 * half_norm)));
   view_.int8_scale = scale;
   view_.int8_coarser = coarser(width);
   view_.int8_codes = int8_codes_.get();
   view_.int8_start = int8_start_.get();
-  view_.int8_whole_start = (view_.metric == Metric::kDot ? int8_start_ : int8_whole_start_).get();
+  view_.int8_whole_start = int8_whole_start_.get();
   view_.int8_bias = int8_bias_.get();
 }
 

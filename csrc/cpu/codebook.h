@@ -29,10 +29,13 @@ struct CodebookView {
   // The codes once more in int8, or null. docs/certified-search.md, "Screening in int8".
   const std::int8_t* int8_codes = nullptr;   // [groups][ceil(D / 4)][8][4]
   const std::int32_t* int8_start = nullptr;  // [groups][8], -128 times the sum of a code; very negative to exclude it
-  const std::int32_t* int8_whole_start = nullptr;  // the same less |q|^2 / 2, or no less for the dot product
+  const std::int32_t* int8_whole_start = nullptr;  // the same less |q|^2 / 2
   const std::int32_t* int8_bias = nullptr;         // [groups][8], a pair of int16 (low half a, high half b)
+  std::int64_t int8_block = 1;                     // n: so many dimensions at a time go through a Hadamard transform
   float int8_scale = 0;                            // s_c
   float int8_coarser = 0;                          // how much coarser than their own, on average, s_c may be for rows
+  float int8_no_bias = 0;                          // up to which s_c / s_x the bias hardly tells codes apart
+  double int8_rounding = 0;                        // what the transform rounds, as a share of a vector's length
   double int8_residual = 0;                        // E_8, at least max |e - s_c q|
   double bias_error = 0;                           // max ||q|^2 / 2 - 1024 a - 32 b|
   double bias_high = 0, bias_low = 0;              // max a, max |b|
@@ -63,9 +66,11 @@ class PackedCodebook {
   void prepare_screen(int threads);
   void exclude_copies(const std::uint32_t* hashes);
   void prepare_int8(bool floats, int threads);  // floats: the codes lie as D floats each
+  float choose_block(int threads);
 
   CodebookView view_;
   float screen_largest_ = 0;  // max |c~_i|
+  double typical_ = 0;        // the root of the mean of c~_i^2
   Buffer<float> exact_float_;
   Buffer<double> exact_double_;
   Buffer<float> screen_;

@@ -4,8 +4,8 @@
 // I = p . q - |q|^2 / 2 * s_c / s_x, the larger the nearer; for the dot product p . q. The dot product is exact;
 // vpdpbusd wants one unsigned operand, so the row is stored as p + 128 and the accumulator starts at -128 times the sum
 // of q. Rows that the scale of the codes serves well take it, s_x = s_c, and the accumulator starts at the whole bias.
-// For other rows the bias is one int16 dot product more, of (a, b) of the code, |q|^2 / 2 = 1024 a + 32 b + error, and
-// (-f, -g) of the row.
+// Rows so long that the bias hardly tells codes apart go without it. For others the bias is one int16 dot product more,
+// of (a, b) of the code, |q|^2 / 2 = 1024 a + 32 b + error, and (-f, -g) of the row.
 
 namespace fastvq {
 namespace {
@@ -126,9 +126,10 @@ void screen_int8(const std::int32_t* codes, const std::int32_t* start, const std
 
 // The rows of a block in int8.
 struct Int8Rows {
-  bool row_bias;              // whether each has a scale of its own, and so its bias
+  const std::int32_t* start;  // what the accumulators start at
+  bool row_bias;              // whether each row has a bias of its own
   float scale[kLanes];        // s_x
-  double residual[kLanes];    // at least |x~ - s_x p|
+  double residual[kLanes];    // at least |x~ - s_x p|, a transform's length taken back
   double squares[kLanes];     // at most |p|^2
   double bias_error[kLanes];  // at least the error of the bias, in units of I
   std::int32_t bias[kLanes];  // (-f, -g), f and g near 1024 s_c / s_x and 32 s_c / s_x
@@ -145,14 +146,22 @@ void choose_scales(const CodebookView& codebook, FloatVector largest, Int8Rows* 
     out->bias_error[l] = codebook.metric == Metric::kDot ? 0 : 0.5;  // the half of an odd |q|^2
   }
   out->row_bias = false;
+  out->start = codebook.int8_start;
   if (codebook.metric == Metric::kDot) return;
-  float coarser = 0;
+  float coarser = 0, coarsest = 0;
   bool fits = true;
   for (int l = 0; l < kLanes; ++l) {
-    coarser += shared / out->scale[l];
+    const float ratio = shared / out->scale[l];
+    coarser += ratio;
+    coarsest = ratio > coarsest ? ratio : coarsest;
     fits &= out->scale[l] <= shared;
   }
+  if (coarsest <= codebook.int8_no_bias) {  // I without the bias is never less: no bound suffers
+    for (double& error : out->bias_error) error = 0;
+    return;
+  }
   if (fits && coarser <= kLanes * codebook.int8_coarser) {
+    out->start = codebook.int8_whole_start;
     for (float& scale : out->scale) scale = shared;
     return;
   }
@@ -183,10 +192,55 @@ inline void store_bytes(std::int8_t* out, IntVector v) {
 #endif
 }
 
-// packed [quads][lanes] = p + 128 of the rows. `bytes` is scratch.
-void quantise(const CodebookView& codebook, const ScreenedRows& rows, std::int8_t* bytes, std::int32_t* packed,
-              Int8Rows* out) {
+// One step of the transform: each pair of lanes kStep apart becomes its sum and its difference.
+template <int kStep>
+inline FloatVector sums_and_differences(FloatVector v) {
+  IntVector other{}, sign{};
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) {
+    other[l] = (l ^ kStep) % kLanes;
+    sign[l] = l & kStep ? INT32_MIN : 0;
+  }
+  return __builtin_shuffle(v, other) + reinterpret_cast<FloatVector>(reinterpret_cast<IntVector>(v) ^ sign);
+}
+
+// out [D] = the Hadamard transform of `block` dimensions at a time; returns the largest magnitude in each lane.
+FloatVector transform_row(const float* row, std::int64_t width, std::int64_t block, float* out) {
+  for_each_vector(width, [&](std::int64_t d, int count) {
+    FloatVector v = load_up_to(row + d, count);
+    v = sums_and_differences<2>(sums_and_differences<1>(v));  // blocks are of four and more
+    if (block > 4) v = sums_and_differences<4>(v);
+    if (kLanes > 8 && block > 8) v = sums_and_differences<8>(v);
+    store_up_to(out + d, v, count);
+  });
+  for (std::int64_t s = kLanes; s < block; s *= 2) {
+    for (std::int64_t d = 0; d < width; d += kLanes) {
+      if (d & s) continue;
+      const FloatVector a = load<FloatVector>(out + d), b = load<FloatVector>(out + d + s);
+      store(out + d, a + b);
+      store(out + d + s, a - b);
+    }
+  }
+  FloatVector most = {};
+  for_each_vector(width,
+                  [&](std::int64_t d, int count) { most = larger(most, magnitude(load_up_to(out + d, count))); });
+  return most;
+}
+
+// packed [quads][lanes] = p + 128 of the rows, transformed as the codes are. `transformed` and `bytes` are scratch.
+void quantise(const CodebookView& codebook, const ScreenedRows& screened, const RowNorms& norms, float* transformed,
+              std::int8_t* bytes, std::int32_t* packed, Int8Rows* out) {
   const std::int64_t width = codebook.width, quads = (width + 3) / 4, stride = (width + 63) / 64 * 64;
+  ScreenedRows rows = screened;
+  if (codebook.int8_block > 1) {
+    FloatVector largest[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      rows.row[l] = transformed + l * width;
+      largest[l] = transform_row(screened.row[l], width, codebook.int8_block, transformed + l * width);
+    }
+    rows.largest = combine_lanes<FloatVector, IntVector, kLanes>(
+        largest, [](FloatVector a, FloatVector b) { return larger(a, b); });
+  }
   choose_scales(codebook, rows.largest, out);
   FloatVector residual[kLanes], squares[kLanes];
   for (int l = 0; l < kLanes; ++l) {
@@ -213,12 +267,14 @@ void quantise(const CodebookView& codebook, const ScreenedRows& rows, std::int8_
   const double ratio_up = 1 + 1e-6 + static_cast<double>(width) * 0x1p-23;
   // Sums of integers below 2^24 are exact; past that they may have rounded up.
   const double squares_down = width <= 1024 ? 1 : 1 - static_cast<double>(width) * 0x1p-23;
-  float errors[kLanes], norms[kLanes];
+  float errors[kLanes], integers[kLanes];
   store(errors, -sum_lanes<FloatVector, IntVector, kLanes>(residual));
-  store(norms, -sum_lanes<FloatVector, IntVector, kLanes>(squares));
+  store(integers, -sum_lanes<FloatVector, IntVector, kLanes>(squares));
+  const double inverse = 1 / static_cast<double>(codebook.int8_block);
   for (int l = 0; l < kLanes; ++l) {
-    out->residual[l] = __builtin_sqrt(static_cast<double>(errors[l]) * ratio_up + 0x1p-100) * (1 + 1e-6);
-    out->squares[l] = static_cast<double>(norms[l]) * squares_down;
+    const double error = (static_cast<double>(errors[l]) * ratio_up + 0x1p-100) * inverse;
+    out->residual[l] = __builtin_sqrt(error) * (1 + 1e-6) + codebook.int8_rounding * norms.norm[l];
+    out->squares[l] = static_cast<double>(integers[l]) * squares_down;
   }
 }
 
@@ -228,13 +284,14 @@ void int8_thresholds(const CodebookView& codebook, const Bounds& bounds, const I
   const Certificate certificate = bounds.certificate;
   const RowNorms& norms = bounds.norms;
   const double code_residual = FASTVQ_BOUND_FACTOR * codebook.int8_residual;
-  double lowest[kLanes];  // of s_x s_c I of the canonical winner, with the sign turned
+  const double inverse = 1 / static_cast<double>(codebook.int8_block);  // exact: a power of two
+  double lowest[kLanes];  // of s_x s_c I / n of the canonical winner, with the sign turned
   if (bounds.euclidean) {
     for (int l = 0; l < kLanes; ++l) {
       const double row_residual = FASTVQ_BOUND_FACTOR * (rows.residual[l] + norms.residual[l]);
       const double nearest = certificate.distance(best[l], norms.norm[l], norms.residual[l]);
       const double reach = nearest + row_residual + code_residual;
-      const double half_norm = rows.squares[l] * rows.scale[l] * rows.scale[l] / 2;
+      const double half_norm = rows.squares[l] * rows.scale[l] * rows.scale[l] * inverse / 2;
       const double by_distance = reach * reach / 2 - half_norm;
       const double by_score = certificate.score(best[l], norms.norm[l], norms.residual[l], nearest) +
                               reach * code_residual + row_residual * certificate.farthest();
@@ -248,7 +305,7 @@ void int8_thresholds(const CodebookView& codebook, const Bounds& bounds, const I
     }
   }
   for (int l = 0; l < kLanes; ++l) {
-    const double unit = static_cast<double>(rows.scale[l]) * codebook.int8_scale;
+    const double unit = static_cast<double>(rows.scale[l]) * codebook.int8_scale * inverse;
     const double limit = -(lowest[l] / unit + FASTVQ_BOUND_FACTOR * rows.bias_error[l]) - 2;
     const double least = kExcluded + 1;  // 2: the rounding of all this, and of the conversion
     out[l] = static_cast<std::int32_t>(limit > least ? limit : least);
@@ -263,8 +320,7 @@ IntGroup group_scores(const CodebookView& codebook, std::int64_t group, const st
                       int lane) {
   const std::int64_t quads = (codebook.width + 3) / 4;
   const auto* codes = reinterpret_cast<const std::int32_t*>(codebook.int8_codes) + group * quads * kGroup;
-  const std::int32_t* start = rows.row_bias ? codebook.int8_start : codebook.int8_whole_start;
-  IntGroup even = load<IntGroup>(start + group * kGroup), odd = {};
+  IntGroup even = load<IntGroup>(rows.start + group * kGroup), odd = {};
   const auto add_dot = [&](IntGroup& acc, std::int64_t i) {
     const IntGroup x = row[i * kLanes + lane] - IntGroup{};
     asm(FASTVQ_VNNI "vpdpbusd %2, %1, %0"
@@ -333,10 +389,10 @@ class Int8Candidates {
         scratch_(scratch),
         candidates_(candidates),
         maxima_(static_cast<std::int32_t*>(scratch.minima)),
-        most_pairs_(codebook.groups * bounds.block.count / 5),
+        most_pairs_(codebook.groups * bounds.block.count * codebook.width / (512 + 4 * codebook.width)),
         most_fours_(codebook.groups * bounds.block.count / 8),
         far_(codebook.size * codebook.width > kFar) {
-    quantise(codebook, rows, scratch.bytes, scratch.packed, &quantised_);
+    quantise(codebook, rows, bounds.norms, scratch.columns, scratch.bytes, scratch.packed, &quantised_);
     for (std::int32_t& four : best_four_) four = -1;
   }
 
@@ -345,7 +401,7 @@ class Int8Candidates {
     const std::int64_t quads = (codebook_.width + 3) / 4;
     const auto* codes = reinterpret_cast<const std::int32_t*>(codebook_.int8_codes);
     const bool row_bias = quantised_.row_bias;
-    const std::int32_t* start = row_bias ? codebook_.int8_start : codebook_.int8_whole_start;
+    const std::int32_t* start = quantised_.start;
     Best best = {broadcast(kExcluded), broadcast(-1)};
     for (std::int64_t first = 0; first < codebook_.groups; first += kScreenGroups) {
       const std::int64_t left = codebook_.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;

@@ -4,12 +4,17 @@
 #include <mutex>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastvq {
 namespace {
 
 constexpr std::int64_t kFewestBytes = 64 << 10;  // below, malloc keeps memory itself
 constexpr std::int64_t kMostBytes = std::int64_t{64} << 20;
-constexpr std::align_val_t kAlignment{64};
+constexpr std::int64_t kHugePage = 2 << 20;
+constexpr std::int64_t kHugeBytes = 2 * kHugePage;  // from here on in huge pages: few faults, few misses of the TLB
 
 struct Block {
   void* data;
@@ -25,6 +30,23 @@ struct Kept {
 Kept& kept() {
   static Kept* const the_one = new Kept;
   return *the_one;
+}
+
+std::align_val_t alignment_of(std::int64_t bytes) {
+  return std::align_val_t{static_cast<std::size_t>(bytes >= kHugeBytes ? kHugePage : 64)};
+}
+
+void* allocate(std::int64_t bytes) {
+  void* const data = ::operator new(static_cast<std::size_t>(bytes), alignment_of(bytes));
+#if defined(MADV_HUGEPAGE)
+  // Advice: where it is not taken, only speed is lost.
+  if (bytes >= kHugeBytes) madvise(data, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+void release(const Block& block) {
+  ::operator delete(block.data, alignment_of(block.bytes));
 }
 
 // Whether a block serves without wasting more than an eighth.
@@ -50,7 +72,7 @@ Memory::Memory(std::int64_t bytes) : bytes_(bytes) {
       }
     }
   }
-  data_ = ::operator new(static_cast<std::size_t>(bytes), kAlignment);
+  data_ = allocate(bytes);
 }
 
 Memory::~Memory() {
@@ -62,14 +84,14 @@ Memory::~Memory() {
       all.blocks.push_front({data_, bytes_});
       all.bytes += bytes_;
       while (all.bytes > kMostBytes) {
-        ::operator delete(all.blocks.back().data, kAlignment);
+        release(all.blocks.back());
         all.bytes -= all.blocks.back().bytes;
         all.blocks.pop_back();
       }
       return;
     }
   }
-  ::operator delete(data_, kAlignment);
+  release({data_, bytes_});
 }
 
 }  // namespace fastvq

@@ -160,6 +160,23 @@ void screen_codes(const float* codes, const CodebookView& codebook, float* bias,
 }
 
 #if defined(FASTVQ_INT8)
+float transform_codes(const float* screened, std::int64_t width, std::int64_t block, float* out) {
+  for (std::int64_t i = 0; i < width * kGroup; ++i) out[i] = screened[i];
+  for (std::int64_t s = 1; s < block; s *= 2) {
+    for (std::int64_t d = 0; d < width; ++d) {
+      if (d & s) continue;
+      const GroupVector a = load<GroupVector>(out + d * kGroup), b = load<GroupVector>(out + (d + s) * kGroup);
+      store(out + d * kGroup, a + b);
+      store(out + (d + s) * kGroup, a - b);
+    }
+  }
+  GroupVector most = {};
+  for (std::int64_t d = 0; d < width; ++d) most = larger(most, magnitude(load<GroupVector>(out + d * kGroup)));
+  float largest = 0;
+  for (int j = 0; j < kGroup; ++j) largest = most[j] > largest ? most[j] : largest;
+  return largest;
+}
+
 void quantise_codes(const float* screened, const float* bias, std::int64_t width, float scale, std::int8_t* out,
                     std::int32_t* start, std::int32_t* whole_start, std::int32_t* bias_pairs, CodeExtremes* extremes) {
   const GroupVector inverse = 1.0f / (scale - GroupVector{});

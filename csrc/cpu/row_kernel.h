@@ -96,7 +96,9 @@ struct RowKernel {
                   CodeStatistics* statistics);
   // screened (or null, where it would equal `codes`) = float32((codes - mean) scale), and bias = |c~|^2 / 2.
   void (*screen)(const float* codes, const CodebookView&, float* bias, float* screened, CodeExtremes* extremes);
-  // The int8 form of screened codes; see CodebookView.
+  // out [D][8] = the Hadamard transform of `block` dimensions at a time; returns the largest magnitude.
+  float (*transform)(const float* screened, std::int64_t width, std::int64_t block, float* out);
+  // The int8 form of screened codes, transformed or not; see CodebookView.
   void (*quantise)(const float* screened, const float* bias, std::int64_t width, float scale, std::int8_t* out,
                    std::int32_t* start, std::int32_t* whole_start, std::int32_t* bias_pairs, CodeExtremes* extremes);
 

@@ -606,9 +606,11 @@ void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScr
 extern const RowKernel FASTVQ_KERNEL(FASTVQ_ISA);
 #if defined(FASTVQ_INT8)
 constexpr bool kInt8 = true;
+constexpr auto kTransformCodes = transform_codes;
 constexpr auto kQuantiseCodes = quantise_codes;
 #else
 constexpr bool kInt8 = false;
+constexpr decltype(RowKernel::transform) kTransformCodes = nullptr;
 constexpr decltype(RowKernel::quantise) kQuantiseCodes = nullptr;
 #endif
 const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
@@ -619,6 +621,7 @@ const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              load_codes,
                                              measure,
                                              screen_codes,
+                                             kTransformCodes,
                                              kQuantiseCodes,
                                              scan,
                                              squared_distance,

@@ -163,10 +163,10 @@ void random_case(std::mt19937_64& random) {
   };
   const std::int64_t widths[] = {1, 2, 3, 7, 8, 16, 31, 64, 129}, sizes[] = {1, 2, 7, 8, 9, 64, 100, 257};
   const std::int64_t n = draw(0, 150), d = widths[draw(0, 8)], k = sizes[draw(0, 7)];
-  const int family = static_cast<int>(draw(0, 7)), threads = static_cast<int>(draw(1, 4));
+  const int family = static_cast<int>(draw(0, 9)), threads = static_cast<int>(draw(1, 4));
   Matrix x(n, d, draw(1, 2), draw(0, 3)), c(k, d, draw(1, 2), draw(0, 3));
   std::normal_distribution<float> normal;
-  const float scales[] = {1, 1, 1e30f, 1e-40f, 1, 3, 1, 1};
+  const float scales[] = {1, 1, 1e30f, 1e-40f, 1, 3, 1, 1, 1, 1};
   const auto value = [&] {
     float v = normal(random) * scales[family];
     if (family == 1) v += 10;
@@ -182,6 +182,13 @@ void random_case(std::mt19937_64& random) {
   if (family == 7)
     for (std::int64_t i = 1; i < k; ++i)
       for (std::int64_t j = 0; j < d; ++j) c.at(i, j) = c.at(0, j) * (1 + 1e-7f * normal(random));
+  if (family == 8) {  // a dimension far longer than the others
+    for (std::int64_t i = 0; i < n; ++i) x.at(i, d / 2) *= 50;
+    for (std::int64_t i = 0; i < k; ++i) c.at(i, d / 2) *= 50;
+  }
+  if (family == 9)  // codes far shorter than the rows
+    for (std::int64_t i = 0; i < k; ++i)
+      for (std::int64_t j = 0; j < d; ++j) c.at(i, j) *= 1e-3f;
   const std::string what = "family " + std::to_string(family) + ", N " + std::to_string(n) + ", K " +
                            std::to_string(k) + ", D " + std::to_string(d) + ", threads " + std::to_string(threads);
   compare(x, c, Metric::kEuclidean, threads, what);
@@ -254,13 +261,13 @@ void int8_bound_case() {
 
 // Rows far longer than the codes, where the bound by the scores counts, and the dot product: rounding takes 0.45 units
 // from each of 64 dimensions of the code w, all along the row, so that w, the nearest, looks worse by nearly all that
-// the length of the row makes of it; code j is stored exactly. A dimension of 1016 makes the unit of the rows 8, of
-// which they lose 0.45 as well; one of -127 makes that of the codes 1, and far codes of both signs cancel.
-void long_row_bound_case(Metric metric, const std::string& what) {
+// the length of the row makes of it; code j is stored exactly. A dimension of 127 units makes that the unit of the
+// rows, of which they lose 0.45 as well; one of -127 makes that of the codes 1, and far codes of both signs cancel.
+void long_row_bound_case(Metric metric, float unit, const std::string& what) {
   constexpr std::int64_t d = 65, k = 256;
   Matrix x(kRows, d, 1, 0), c(k, d, 1, 0);
   for (std::int64_t i = 0; i < d; ++i) {
-    for (std::int64_t n = 0; n < kRows; ++n) x.at(n, i) = i ? 1003.6f : 1016.0f;
+    for (std::int64_t n = 0; n < kRows; ++n) x.at(n, i) = (i ? 125.45f : 127.0f) * unit;
     for (std::int64_t n = 0; n < k; ++n) {
       const float j = i % 8 < 3 ? 11.0f : 10.0f, far = (i + n) % 2 ? 20.0f : -20.0f;
       const bool is_near = n < 8 || (n >= 16 && n < 24);
@@ -271,6 +278,44 @@ void long_row_bound_case(Metric metric, const std::string& what) {
     if (n >= 24 || (n >= 8 && n < 16)) c.at(n, 1 + n % 64) = -static_cast<float>(21 + n / 64);  // no two of them alike
   if (canonical(x, 0, c, metric) != 16) return fail("the constructed row does not do what it should");
   compare(x, c, metric, 1, what);
+}
+
+// In place: the Hadamard transform of 64 values.
+void transform(float* v) {
+  for (int s = 1; s < 64; s *= 2) {
+    for (int i = 0; i < 64; ++i) {
+      if (i & s) continue;
+      const float a = v[i], b = v[i + s];
+      v[i] = a + b;
+      v[i + s] = a - b;
+    }
+  }
+}
+
+// The same as int8_bound_case for codes that are transformed before they are rounded: it is the transforms of rows and
+// codes that are 0.4375 units off. The far codes have equal values there, and so one dimension far longer than the
+// others here.
+void transformed_bound_case() {
+  constexpr std::int64_t d = 64, k = 256;
+  Matrix x(kRows, d, 1, 0), c(k, d, 1, 0);
+  const auto set = [](Matrix& rows, std::int64_t n, std::vector<float> row) {
+    transform(row.data());
+    for (std::int64_t i = 0; i < d; ++i) rows.at(n, i) = row[i] / 64;
+  };
+  for (std::int64_t n = 0; n < kRows; ++n) {
+    std::vector<float> row(d, 10.4375f);
+    row[0] = 127;
+    set(x, n, row);
+  }
+  for (std::int64_t n = 0; n < k; ++n) {
+    const bool is_near = n < 8 || (n >= 16 && n < 24);
+    std::vector<float> code(d, is_near ? (n < 8 ? 9.0f : 11.5625f) : n % 2 ? 127.0f : -127.0f);
+    if (is_near) code[0] = 127;
+    if (!is_near) code[1 + n % 63] = static_cast<float>(100 - n / 63);  // no two of them alike
+    set(c, n, code);
+  }
+  if (canonical(x, 0, c, Metric::kEuclidean) != 16) return fail("the constructed row does not do what it should");
+  compare(x, c, Metric::kEuclidean, 1, "int8 bound, transformed");
 }
 
 // A few rows: the differences of code j are 1 in its first eight dimensions, one a partial sum, and just too small in
@@ -320,8 +365,10 @@ int main(int argc, char** argv) {
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
     int8_bound_case();
-    long_row_bound_case(Metric::kEuclidean, "int8 bound, long rows");
-    long_row_bound_case(Metric::kDot, "int8 bound, dot");
+    transformed_bound_case();
+    long_row_bound_case(Metric::kEuclidean, 8, "int8 bound, long rows");
+    long_row_bound_case(Metric::kEuclidean, 1024, "int8 bound, no bias");
+    long_row_bound_case(Metric::kDot, 8, "int8 bound, dot");
     few_rows_bound_case(512);
   } else {
     std::printf("usage: driver random SEED COUNT | driver bound\n");

@@ -25,7 +25,8 @@ VARIANTS = {
     "shrunk": ["-O1", "-DFASTVQ_BOUND_FACTOR=0.25"],
 }
 
-INT8_BOUNDS = ("int8 bound", "int8 bound, long rows", "int8 bound, dot")
+INT8_FORMS = ("transformed", "long rows", "no bias", "dot")
+INT8_BOUNDS = ("int8 bound", *(f"int8 bound, {form}" for form in INT8_FORMS))
 
 
 def build_driver(folder: Path, flags: list[str]) -> Path:
