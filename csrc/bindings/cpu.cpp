@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +16,7 @@
 #include "../cpu/parallel.h"
 #include "../cpu/peak.h"
 #include "../cpu/row_kernel.h"
+#include "../cpu/search_way.h"
 
 namespace py = pybind11;
 
@@ -89,6 +91,20 @@ PYBIND11_MODULE(_cpu, m) {
     run([&] {
       fastvq::search(rows, codes, heads, metric_of(dot), certify, pointer<std::int64_t>(indices), out, threads);
     });
+  });
+
+  m.def("search_by",
+        [](const std::string& way, const py::tuple& x, const py::tuple& codebook, Address indices, int threads) {
+          const std::map<std::string, fastvq::Way> ways{{"few", fastvq::Way::kFew},
+                                                        {"kept", fastvq::Way::kKept},
+                                                        {"float32", fastvq::Way::kFloat32},
+                                                        {"int8", fastvq::Way::kInt8}};
+          const fastvq::Tensor rows = tensor(x), codes = tensor(codebook);
+          run([&] { fastvq::search_by(ways.at(way), rows, codes, pointer<std::int64_t>(indices), threads); });
+        });
+  m.def("search_way", [](std::int64_t codes, std::int64_t width) {
+    const fastvq::SearchWay way = fastvq::search_way(codes, width);
+    return py::make_tuple(way.few_rows, way.int8);
   });
 
   m.def("search_counts", [](const py::tuple& x, const py::tuple& codebook, int threads) {

@@ -224,10 +224,9 @@ float PackedCodebook::choose_block(int threads) {
 }
 
 void PackedCodebook::prepare_int8(bool floats, int threads) {
-  constexpr std::int64_t kFewestCodes = 64;  // below, quantising the rows costs more than it saves
-  constexpr std::int64_t kWidest = 4096;     // above, the bias does not fit into int16
+  constexpr std::int64_t kWidest = 4096;  // above, the bias does not fit into int16
   const std::int64_t width = view_.width, groups = view_.groups, quads = (width + 3) / 4;
-  if (view_.size < kFewestCodes || width < 4 || width > kWidest) return;
+  if (width < 4 || width > kWidest) return;
   if (!(screen_largest_ / 127 > 0x1p-60f)) return;
   const float scale = choose_block(threads) / 127;
 

@@ -52,7 +52,7 @@ constexpr std::int32_t kExcluded = -2000000000;  // a start value below every sc
 class PackedCodebook {
  public:
   // codes: (K, D). Without `screened` only the exact copy is made, for rows that are float64; with `int8` the codes are
-  // packed for int8 screening too, where that can pay.
+  // packed for int8 screening too, where their values and D allow it.
   PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads);
 
   const CodebookView& view() const { return view_; }

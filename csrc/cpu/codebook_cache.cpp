@@ -10,6 +10,7 @@
 #include "few_rows.h"
 #include "parallel.h"
 #include "row_kernel.h"
+#include "search_way.h"
 
 namespace fastvq {
 namespace {
@@ -163,7 +164,8 @@ std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric 
     if (auto found = find(codes, metric, screened, threads)) return found;
     forget(codes);
   }
-  auto packed = std::make_shared<const PackedCodebook>(codes, metric, screened, row_kernel().int8, threads);
+  const bool int8 = row_kernel().int8 && search_way(codes.count, codes.width).int8;
+  auto packed = std::make_shared<const PackedCodebook>(codes, metric, screened, int8, threads);
   if (codes.step == 1) keep(codes, screened, packed, threads);
   return packed;
 }

@@ -7,12 +7,11 @@
 
 #include "certificate.h"
 #include "parallel.h"
+#include "search_way.h"
 
 namespace fastvq {
 namespace {
 
-constexpr std::int64_t kLargeCodebook = 1 << 19;  // elements; comparing such codes with a kept copy takes long
-constexpr std::int64_t kMostRows = 2, kMostRowsLarge = 8;
 constexpr std::int64_t kChunkFloats = 16384;  // elements of codes that stay in cache while the rows pass over them
 constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -120,9 +119,8 @@ Winner winner_of(const float* distances, float least, std::int64_t first, std::i
 }  // namespace
 
 bool few_rows(std::int64_t rows, const Rows& codes, Metric metric) {
-  const bool large = codes.count * codes.width >= kLargeCodebook;
-  return rows <= (large ? kMostRowsLarge : kMostRows) && metric == Metric::kEuclidean &&
-         codes.dtype == DType::kFloat32 && codes.step == 1 && codes.width < (1 << 20);
+  return metric == Metric::kEuclidean && codes.dtype == DType::kFloat32 && codes.step == 1 && codes.width < (1 << 20) &&
+         rows <= search_way(codes.count, codes.width).few_rows;
 }
 
 void nearest_of_few(const float* const* rows, int count, const Rows& codes, bool certify, bool want_value, int threads,

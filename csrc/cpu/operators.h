@@ -16,6 +16,13 @@ namespace fastvq {
 void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, bool certify, std::int64_t* indices,
             const Tensor& distances, int threads);
 
+// The ways of a search, to be measured and compared: reading the codes where they lie, packed codes that are kept, and
+// codes packed anew for the screen in float32 or, where the machine can, in int8.
+enum class Way : int { kFew, kKept, kFloat32, kInt8 };
+
+// The search of float rows among float codes of D floats each, neither with heads, by one way whatever the shape.
+void search_by(Way way, const Tensor& x, const Tensor& codebook, std::int64_t* indices, int threads);
+
 // What becomes of the rows of x when they are searched for their nearest codes; both float, without heads.
 SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads);
 

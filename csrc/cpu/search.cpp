@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "block.h"
 #include "codebook_cache.h"
 #include "operators.h"
@@ -49,6 +51,21 @@ void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, 
       search_head<X>(rows, codes, certify, indices, distances, h * rows.count, worth);
     });
   }
+}
+
+void search_by(Way way, const Tensor& x, const Tensor& codebook, std::int64_t* indices, int threads) {
+  const Rows rows = x.rows(), codes = codebook.rows();
+  if (x.dtype != DType::kFloat32 || codes.dtype != DType::kFloat32 || codes.step != 1)
+    throw std::invalid_argument("x and codebook must be float32, the codebook with a last stride of 1");
+  SearchCodes ready{codes, nullptr, {}};
+  if (way == Way::kKept) {
+    ready.packed = packed_codebook(codes, Metric::kEuclidean, true, threads);
+  } else if (way != Way::kFew) {
+    const bool int8 = way == Way::kInt8 && row_kernel().int8;
+    ready.packed = std::make_shared<const PackedCodebook>(codes, Metric::kEuclidean, true, int8, threads);
+  }
+  if (ready.packed) ready.view = ready.packed->view(codes);
+  search_head<float>(rows, ready, true, indices, {}, 0, worth_threads(rows.count * rows.width * codes.count, threads));
 }
 
 SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads) {

@@ -98,6 +98,25 @@ def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, prec
     return indices, distances
 
 
+def search_by(way: str, x: Tensor, codebook: Tensor) -> Tensor:
+    """Indices (N,) of (N, D) rows among (K, D) codes, both float32, by one way whatever the shape.
+
+    Args:
+        way: "few" (the codes read where they lie), "kept" (packed, from the second call on without packing),
+            "float32" or "int8" (packed anew, screened so; without int8 instructions in float32).
+        x: any strides.
+        codebook: the last stride 1.
+    """
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    _kernels.search_by(way, _pass(x), _pass(codebook), indices.data_ptr(), torch.get_num_threads())
+    return indices
+
+
+def search_way(codebook_size: int, dim: int) -> tuple[int, bool]:
+    """Of how many rows at most the codes are read where they lie, and whether more are screened in int8."""
+    return _kernels.search_way(codebook_size, dim)
+
+
 class SearchCounts(NamedTuple):
     """What became of the rows of a search."""
 

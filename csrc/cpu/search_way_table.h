@@ -1,0 +1,28 @@
+// Written by `python -m benchmarks.search_ways`, from benchmarks/results/search_ways.csv.
+// AMD EPYC, avx512vnni, threads: 2, 2026-11-27.
+
+#pragma once
+
+#include "search_way.h"
+
+namespace fastvq {
+
+constexpr int kLowestWidth = 2, kWidthStep = 1, kWidths = 9;
+constexpr int kLowestCodes = 4, kCodesStep = 2, kSizes = 7;
+
+// clang-format off
+// K = 16, 64, 256, 1024, 4096, 16384, 65536
+constexpr SearchWay kSearchWays[kWidths][kSizes] = {
+    {{2, false}, {2, true}, {2, true}, {2, true}, {2, true}, {2, true}, {2, true}},  // D = 4
+    {{2, false}, {2, true}, {2, true}, {2, true}, {2, true}, {2, true}, {8, true}},  // D = 8
+    {{2, false}, {2, true}, {2, true}, {2, true}, {2, true}, {2, true}, {8, true}},  // D = 16
+    {{2, false}, {2, true}, {2, true}, {2, true}, {2, true}, {8, true}, {8, true}},  // D = 32
+    {{2, false}, {2, true}, {2, true}, {2, true}, {2, true}, {8, true}, {8, true}},  // D = 64
+    {{2, false}, {2, true}, {2, true}, {2, true}, {8, true}, {8, true}, {8, true}},  // D = 128
+    {{2, false}, {2, true}, {2, true}, {2, true}, {8, true}, {8, true}, {8, true}},  // D = 256
+    {{2, false}, {2, true}, {2, true}, {8, true}, {8, true}, {8, true}, {8, true}},  // D = 512
+    {{2, false}, {2, true}, {2, true}, {8, true}, {8, true}, {8, true}, {8, true}},  // D = 1024
+};
+// clang-format on
+
+}  // namespace fastvq
