@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "few_rows.h"
@@ -15,7 +18,20 @@
 namespace fastvq {
 namespace {
 
-constexpr std::int64_t kMostBytes = std::int64_t{384} << 20;
+// What kept codebooks may take together.
+std::int64_t most_bytes() {
+  static const std::int64_t bytes = [] {
+    const char* wanted = std::getenv("FASTVQ_CPU_KEPT_MIB");
+    if (!wanted || !*wanted) return std::int64_t{384} << 20;
+    char* end = nullptr;
+    const long long mib = std::strtoll(wanted, &end, 10);
+    if (*end || mib < 0 || mib > 1 << 30)
+      throw std::invalid_argument("FASTVQ_CPU_KEPT_MIB must be a whole number of MiB, from 0 on; got '" +
+                                  std::string(wanted) + "'");
+    return static_cast<std::int64_t>(mib) << 20;
+  }();
+  return bytes;
+}
 
 struct Kept {
   // Where the codes lay: a new codebook at the same place takes the old one's room. And of which `Unchanged` they were.
@@ -93,7 +109,7 @@ bool better_packed(const Rows& codes, Metric metric) {
     if (unchanged(*entry, codes, metric, true)) return true;
     total += entry->bytes();
   }
-  return total <= kMostBytes;
+  return total <= most_bytes();
 }
 
 std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, bool screened, int threads) {
@@ -126,7 +142,7 @@ void forget(const Rows& codes) {
 
 void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCodebook>& packed, int threads) {
   const std::int64_t bytes = row_bytes(codes);
-  if (codes.count * bytes + packed->bytes() > kMostBytes) return;
+  if (codes.count * bytes + packed->bytes() > most_bytes()) return;
   auto entry = std::make_shared<Kept>();
   entry->address = codes.data;
   entry->token = unchanged_token;
@@ -145,7 +161,7 @@ void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCo
   std::int64_t total = 0;
   for (auto it = kept.begin(); it != kept.end();) {
     total += (*it)->bytes();
-    it = total > kMostBytes ? kept.erase(it) : std::next(it);
+    it = total > most_bytes() ? kept.erase(it) : std::next(it);
   }
 }
 

@@ -11,7 +11,7 @@ namespace fastvq {
 
 // The codebook packed for the kernel in use: a kept one whose codes equal these bit for bit, or a new one, which is
 // kept if it is small. The codes themselves are compared, so nothing that changes them can go unseen; that costs a
-// pass over them, far less than packing. Kept codebooks take at most 384 MiB.
+// pass over them, far less than packing. Kept codebooks take at most 384 MiB, or what FASTVQ_CPU_KEPT_MIB says.
 std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric metric, bool screened, int threads);
 
 // While it lives, the codebooks of this thread's calls count as unchanged since the last call with the same token, and

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor
 
 import fastvq
+from fastvq.measure.memory import measurable
+from fastvq.measure.worker import RETURN_MEMORY
 
 
 def _by_optimizer(codebook: Tensor) -> None:
@@ -104,3 +109,28 @@ def test_stages_and_heads_share_the_store() -> None:
     codebooks[2] += 1
     want = fastvq.residual_quantize(x, codebooks, backend="reference")[1]
     assert torch.equal(fastvq.residual_quantize(x, codebooks, backend="cpu")[1], want)
+
+
+KEPT = """
+import torch, fastvq
+from fastvq.measure.memory import status_kib
+x, codebook = torch.randn(64, 256), torch.randn(65536, 256)
+fastvq.search(x, codebook[:100])
+before = status_kib("VmRSS")
+fastvq.search(x, codebook)
+print((status_kib("VmRSS") - before) // 1024)
+"""
+
+
+def _kept(mib: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **RETURN_MEMORY, "FASTVQ_BACKEND": "cpu", "FASTVQ_CPU_KEPT_MIB": mib}
+    return subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not measurable(), reason="this system does not tell its memory")
+def test_what_is_kept_has_a_bound() -> None:
+    """A copy of 64 MiB of codes, and what is packed of them; 64 MiB of memory for results may stay besides."""
+    assert int(_kept("").stdout) > 120
+    assert int(_kept("100").stdout) < 100
+    wrong = _kept("a lot")
+    assert "ValueError: FASTVQ_CPU_KEPT_MIB must be a whole number of MiB, from 0 on; got 'a lot'" in wrong.stderr
