@@ -176,12 +176,12 @@ def _check_residual(x: Tensor, codebooks: Tensor, metric: str) -> None:
 def _declare(schema: str, check: Any, fake: Any) -> None:
     """Define one operator: `check` runs before every call, traced or real; `fake` gives the outputs' shapes."""
     name = schema[: schema.index("(")]
+    anyone: Any = getattr(plain, name, None)
     _lib.define(schema)
 
     def run(*args: Any) -> Any:
         *arguments, backend = args
         check(*arguments)
-        anyone: Any = getattr(plain, name, None)
         serving = select.backend_for(backend, arguments[0].device, None if anyone else (name, arguments))
         serve: Any = getattr(serving, name, anyone)
         return serve(*arguments)

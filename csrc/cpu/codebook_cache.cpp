@@ -62,7 +62,7 @@ const char* row_at(const Rows& codes, std::int64_t k) {
 // Calls body(first, count, row) for runs of rows that lie one after another, none longer than kRunBytes.
 template <class Body>
 void for_each_run(const Rows& codes, int threads, const Body& body) {
-  constexpr std::int64_t kRunBytes = 1 << 18;
+  constexpr std::int64_t kRunBytes = 1 << 16;
   const std::int64_t bytes = row_bytes(codes), rows = std::max<std::int64_t>(1, kRunBytes / bytes);
   const bool dense = codes.count == 1 || row_at(codes, 1) - row_at(codes, 0) == bytes;
   parallel((codes.count + rows - 1) / rows, threads, [&](Tasks& tasks) {
@@ -80,8 +80,11 @@ void for_each_run(const Rows& codes, int threads, const Body& body) {
 bool same_codes(const Kept& entry, const Rows& codes, int threads) {
   const std::int64_t bytes = row_bytes(codes);
   std::atomic<bool> same{true};
+  // Waking the others is for the search too, which comes next.
+  constexpr std::int64_t kByteWork = 16;  // multiply-adds that reading a byte of both is worth
   for_each_run(
-      codes, worth_threads(codes.count * bytes, threads), [&](std::int64_t k, std::int64_t count, const char* row) {
+      codes, worth_threads(codes.count * bytes * kByteWork, threads),
+      [&](std::int64_t k, std::int64_t count, const char* row) {
         if (same.load(std::memory_order_relaxed) && std::memcmp(row, entry.codes.get() + k * bytes, count * bytes) != 0)
           same.store(false, std::memory_order_relaxed);
       });

@@ -23,9 +23,11 @@ except ImportError as error:
     _import_error = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_LARGE = 1 << 20  # bytes of a result from which on its memory is kept when it is let go
+_LARGE = 1 << 17  # bytes of a result from which on its memory is kept when it is let go
 _MAX_DIMS = 12  # of a tensor that is read where it lies; any other is copied
 
+
+_NO_DISTANCES = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 _unchanged: ContextVar[int] = ContextVar("fastvq_unchanged", default=0)
 
@@ -83,8 +85,10 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
     """Indices (...), and squared distances or scores (...) when asked for, else an empty tensor."""
     x, codebook = _readable(x), _readable(codebook)
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
-    distances = torch.empty(x.shape[:-1] if return_distance else (0,), dtype=working_dtype(x, codebook))
+    indices = _empty(x.shape[:-1], torch.int64)
+    dtype = working_dtype(x, codebook)
+    # A view of what is there: making a tensor takes longer than some searches.
+    distances = torch.empty(x.shape[:-1], dtype=dtype) if return_distance else _NO_DISTANCES[dtype].detach()
     _kernels.search(
         _pass(x),
         _pass(codebook),
@@ -107,7 +111,7 @@ def search_by(way: str, x: Tensor, codebook: Tensor) -> Tensor:
         x: any strides.
         codebook: the last stride 1.
     """
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    indices = _empty(x.shape[:-1], torch.int64)
     _kernels.search_by(way, _pass(x), _pass(codebook), indices.data_ptr(), torch.get_num_threads())
     return indices
 
@@ -137,7 +141,7 @@ def vector_quantize(
     """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
     x, codebook, mask = _readable(x), _readable(codebook), _dense(mask)
     quantized = _empty(x.shape, x.dtype)
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    indices = _empty(x.shape[:-1], torch.int64)
     loss = torch.empty((), dtype=working_dtype(x, codebook))
     _kernels.vector_quantize(
         _pass(x),
@@ -224,7 +228,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor
     x, codebooks = _readable(x), _readable(codebooks)
     stages = codebooks.shape[-3]
     quantized = _empty(x.shape, x.dtype)
-    indices = torch.empty((*x.shape[:-1], stages), dtype=torch.int64)
+    indices = _empty((*x.shape[:-1], stages), torch.int64)
     losses = torch.empty((stages,), dtype=working_dtype(x, codebooks))
     _kernels.residual_quantize(
         _pass(x),
@@ -273,7 +277,7 @@ def residual_code_sums(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[T
     """Counts (Q, K) and sums (Q, K, D) of the residuals of each stage; rows that are not finite are left out."""
     x, codebooks, indices = _readable(x), _readable(codebooks), indices.contiguous()
     counts = torch.empty(codebooks.shape[:-1], dtype=working_dtype(x, codebooks))
-    sums = torch.empty(codebooks.shape, dtype=counts.dtype)
+    sums = _empty(codebooks.shape, counts.dtype)
     _kernels.residual_code_sums(
         _pass(x), _pass(codebooks), indices.data_ptr(), _pass(counts), sums.data_ptr(), torch.get_num_threads()
     )
