@@ -33,11 +33,18 @@ std::int64_t most_bytes() {
   return bytes;
 }
 
+// Of it, what those may take that nobody vouches for and no call has found again: codebooks that live for one step of a
+// training are no use to the next.
+std::int64_t most_idle_bytes() {
+  return most_bytes() / 8;
+}
+
 struct Kept {
-  // Where the codes lay: a new codebook at the same place takes the old one's room. And of which `Unchanged` they were.
-  // Both only under the lock.
+  // Where the codes lay: a new codebook at the same place takes the old one's room; of which `Unchanged` they were; and
+  // whether a call has found them again. All only under the lock.
   mutable const void* address;
   mutable std::uint64_t token;
+  mutable bool found = false;
   DType dtype;
   bool screened;
   Buffer<char> codes;  // as they were when packed
@@ -128,6 +135,7 @@ std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, boo
   for (const auto& entry : entries) {
     if (!same_kind(*entry, codes, metric, screened) || !same_codes(*entry, codes, threads)) continue;
     const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (lock) entry->found = true;
     if (unchanged_token && lock) {
       entry->token = unchanged_token;
       entry->address = codes.data;
@@ -161,10 +169,14 @@ void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCo
   const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock) return;
   kept.push_front(std::move(entry));
-  std::int64_t total = 0;
+  std::int64_t total = 0, idle = 0;
   for (auto it = kept.begin(); it != kept.end();) {
-    total += (*it)->bytes();
-    it = total > most_bytes() ? kept.erase(it) : std::next(it);
+    const std::int64_t size = (*it)->bytes();
+    const bool is_idle = !(*it)->found && !(*it)->token;
+    const bool goes = total + size > most_bytes() || (is_idle && idle > 0 && idle + size > most_idle_bytes());
+    total += goes ? 0 : size;
+    idle += is_idle && !goes ? size : 0;
+    it = goes ? kept.erase(it) : std::next(it);
   }
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq.measure.memory import measurable
+from fastvq.measure.memory import measurable, status_kib
 from fastvq.measure.worker import RETURN_MEMORY
 
 
@@ -134,3 +134,15 @@ def test_what_is_kept_has_a_bound() -> None:
     assert int(_kept("100").stdout) < 100
     wrong = _kept("a lot")
     assert "ValueError: FASTVQ_CPU_KEPT_MIB must be a whole number of MiB, from 0 on; got 'a lot'" in wrong.stderr
+
+
+def test_codebooks_that_never_come_again_take_little() -> None:
+    """As in a training step that makes a new codebook: kept ones are let go long before the bound of all."""
+    x = torch.randn(64, 256)
+    fastvq.search(x, torch.randn(2048, 256), backend="cpu")
+    before = status_kib("VmRSS")
+    alive = []
+    for _ in range(100):  # 450 MiB packed, at addresses that never return
+        alive.append(torch.randn(2048, 256))
+        fastvq.search(x, alive[-1], backend="cpu")
+    assert status_kib("VmRSS") - before < 1024 * (200 + 48 + 64 + 32)  # the codebooks, those kept, memory for reuse
