@@ -330,8 +330,12 @@ class ResidualVQ(ResidualStages):
         checks.shape("indices", indices, (*self.layout.places(x), self.num_quantizers))
         indices = indices.reshape(*tokens.shape[:2], self.num_quantizers)
         dropped = indices < 0 if mask is None else (indices < 0) & mask.unsqueeze(-1)
-        if not torch.compiler.is_compiling() and bool(dropped.any()):
-            raise ValueError("indices must not hold -1: take them from eval mode, where no stage drops out")
+        if not torch.compiler.is_compiling():
+            message = "indices must not hold -1: take them from eval mode, where no stage drops out"
+            if dropped.device.type != "cpu":  # where the host would have to wait
+                torch._assert_async(~dropped.any(), message)
+            elif bool(dropped.any()):
+                raise ValueError(message)
         return indices
 
     def _stages_of(self, call: _Call) -> int:
