@@ -42,6 +42,7 @@ MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "RandomProjectionQuantizer": ("RandomProjectionQuantizer", {"dim": 6, "codebook_size": 13, "codebook_dim": 4}, {}),
     "LatentQuantize": ("LatentQuantize", {"levels": [8, 5, 5], "dim": 3}, {}),
 }
+INDICES_ALONE = "RandomProjectionQuantizer"
 RANDOM = {"FSP", "BinaryMapper", "ResidualFSQ dropout", "ResidualLFQ dropout", "LFQ sampled", "HierarchicalVQ dropout"}
 
 
@@ -53,7 +54,7 @@ def build(key: str) -> tuple[torch.nn.Module, torch.Tensor, dict[str, Any]]:
     return layer, x, call
 
 
-@pytest.mark.parametrize("key", [key for key in MODULES if key != "RandomProjectionQuantizer"])  # indices alone
+@pytest.mark.parametrize("key", MODULES)
 def test_compiles_whole_in_training(key: str) -> None:
     torch._dynamo.reset()
     plain, x, call = build(key)
@@ -102,7 +103,7 @@ def test_dropout_on_a_device(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("key", [key for key in MODULES if key not in RANDOM and "Hier" not in key])
+@pytest.mark.parametrize("key", [k for k in MODULES if k not in {*RANDOM, "HierarchicalVQ", INDICES_ALONE}])
 def test_dtypes(key: str, dtype: torch.dtype) -> None:
     """Outputs have the dtype of the input, whether the module has it too or autocast gives it."""
     layer, x, call = build(key)
