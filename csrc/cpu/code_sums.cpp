@@ -8,20 +8,47 @@
 
 namespace fastvq {
 
-RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t rows, std::int64_t codes)
+RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t rows, std::int64_t codes,
+                       int threads)
     : starts_(codes + 1, 0) {
+  // Each part of the rows counts by itself, and then knows where its rows of each code begin.
+  constexpr std::int64_t kPartRows = 4096;
+  const std::int64_t parts = std::clamp<std::int64_t>(rows / std::max(kPartRows, codes), 1, threads);
+  std::vector<std::int64_t> next(parts * codes, 0);
+  const auto for_each_row = [&](const auto& body) {
+    parallel(parts, threads, [&](Tasks& tasks) {
+      for (std::int64_t part; tasks.next(&part);) {
+        const std::int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+        std::int64_t* const of_code = next.data() + part * codes;
+        const std::int64_t* const index = indices;
+        if (mask) {
+          for (std::int64_t n = first; n < last; ++n)
+            if (index[n] >= 0 && mask[n]) body(n, &of_code[index[n]]);
+        } else {
+          for (std::int64_t n = first; n < last; ++n)
+            if (index[n] >= 0) body(n, &of_code[index[n]]);
+        }
+      }
+    });
+  };
   for (std::int64_t n = 0; n < rows; ++n) {
-    if (indices[n] >= codes) {
-      throw std::invalid_argument("indices must be below codebook_size = " + std::to_string(codes) + "; got " +
-                                  std::to_string(indices[n]));
-    }
-    if (indices[n] >= 0 && (!mask || mask[n])) ++starts_[indices[n] + 1];
+    if (indices[n] < codes) continue;
+    throw std::invalid_argument("indices must be below codebook_size = " + std::to_string(codes) + "; got " +
+                                std::to_string(indices[n]));
   }
-  for (std::int64_t k = 0; k < codes; ++k) starts_[k + 1] += starts_[k];
-  order_.resize(starts_[codes]);
-  std::vector<std::int64_t> next(starts_.begin(), starts_.end() - 1);
-  for (std::int64_t n = 0; n < rows; ++n)
-    if (indices[n] >= 0 && (!mask || mask[n])) order_[next[indices[n]]++] = n;
+  for_each_row([](std::int64_t, std::int64_t* count) { ++*count; });
+  std::int64_t start = 0;
+  for (std::int64_t k = 0; k < codes; ++k) {
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::int64_t count = next[part * codes + k];
+      next[part * codes + k] = start;
+      start += count;
+    }
+    starts_[k + 1] = start;
+  }
+  order_ = Buffer<std::int64_t>(start);
+  std::int64_t* const order = order_.get();
+  for_each_row([order](std::int64_t n, std::int64_t* place) { order[(*place)++] = n; });
 }
 
 namespace {
@@ -84,7 +111,7 @@ void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const s
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     const std::int64_t first = h * rows.count;
-    const RowsByCode by_code(indices + first, mask ? mask + first : nullptr, rows.count, codes);
+    const RowsByCode by_code(indices + first, mask ? mask + first : nullptr, rows.count, codes, threads);
     dispatch(x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       using Sum = std::conditional_t<std::is_same_v<X, double>, double, float>;

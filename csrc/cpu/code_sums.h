@@ -3,9 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
+#include "memory.h"
 #include "parallel.h"
 #include "tensor.h"
 
@@ -15,12 +15,12 @@ namespace fastvq {
 class RowsByCode {
  public:
   // Rows with a negative index or a false mask are left out; throws std::invalid_argument for an index past `codes`.
-  RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t rows, std::int64_t codes);
+  RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t rows, std::int64_t codes, int threads);
 
   std::int64_t count(std::int64_t code) const { return starts_[code + 1] - starts_[code]; }
-  const std::int64_t* begin(std::int64_t code) const { return order_.data() + starts_[code]; }
-  const std::int64_t* end(std::int64_t code) const { return order_.data() + starts_[code + 1]; }
-  const std::int64_t* last() const { return order_.data() + order_.size(); }  // past the last row of the last code
+  const std::int64_t* begin(std::int64_t code) const { return order_.get() + starts_[code]; }
+  const std::int64_t* end(std::int64_t code) const { return order_.get() + starts_[code + 1]; }
+  const std::int64_t* last() const { return order_.get() + starts_.back(); }  // past the last row of the last code
 
   // Calls body(code) for every code, a share of about equally many rows a thread at a time.
   template <class MakeBody>
@@ -44,7 +44,7 @@ class RowsByCode {
 
  private:
   std::vector<std::int64_t> starts_;  // K + 1
-  std::vector<std::int64_t> order_;
+  Buffer<std::int64_t> order_;
 };
 
 // out[k] (K, D) = factor * the sum over the rows of code k of (row - code), in float64 and row order.
@@ -55,7 +55,7 @@ void sum_differences(const Rows& rows, const Rows& codes, const std::int64_t* in
     std::fill_n(reinterpret_cast<char*>(out), codes.count * codes.width * sizeof(Code), 0);
     return;
   }
-  const RowsByCode by_code(indices, mask, rows.count, codes.count);
+  const RowsByCode by_code(indices, mask, rows.count, codes.count, threads);
   dispatch(rows.dtype, [&](auto* type) {
     using X = std::remove_pointer_t<decltype(type)>;
     by_code.for_each_code(threads, [&] {
