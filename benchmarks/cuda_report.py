@@ -1,6 +1,6 @@
-"""`python -m benchmarks.cuda_report`: the machine code of the CUDA search, one line a policy.
+"""`python -m benchmarks.cuda_report`: the machine code of the CUDA search, one line a policy and architecture.
 
-Reads the extension as it was built, writes benchmarks/results/cuda_kernels.csv and the table of docs/kernels.md; with
+Reads the extension as it was built, writes benchmarks/results/cuda_kernels.csv and the tables of docs/kernels.md; with
 --check writes nothing and fails where a kernel has become worse than the committed file, or misses a target.
 """
 
@@ -16,19 +16,21 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.sass import MACHINES, TENSOR, Listing, parse_cuda, pipe, spills_of, tool
 
 ROOT = Path(__file__).parents[1]
 CSV, PAGE = ROOT / "benchmarks" / "results" / "cuda_kernels.csv", ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- table: python -m benchmarks.cuda_report -->", "<!-- end of table -->"
-ARCHES = ("sm_80", "sm_90")
-KEY = ("arch", "operand", "source", "width")
+ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+COUNTED = ("sm_80", "sm_90")  # whose loops are counted; of the others registers and memory
+KEY = ("arch", "operand", "element", "source", "width")
+COUNTS = ("alu", "issued", "tensor", "bound", "loop")
 OPERANDS, SOURCES = ("stored", "rounded", "split"), ("resident", "streamed", "chunked", "none", "staged")
-FLOAT32, BFLOAT16 = 0, 1  # fastvq::Float
+TYPES = {"stored bfloat16": 1, "stored float16": 2}  # fastvq::Float; the others are float32, 0
 
-# The least that is asked of a policy: {(arch, operand, width): ((column, at most), ...)}.
+# The least that is asked of a policy: {(arch, width): {column: bound}}.
 TARGETS = {
     ("sm_90", "64"): {"alu": 1.5, "tensor": 0.75},
     ("sm_90", "128"): {"tensor": 0.9},
@@ -39,8 +41,30 @@ ISSUED = 2.0  # instructions an element, at most, of float32 with D = 8 and K = 
 Row = dict[str, Any]
 
 
+class Usage(NamedTuple):
+    """What ptxas gave a kernel: registers a thread, bytes of stack and of local memory."""
+
+    registers: int
+    stack: int
+    local: int
+
+
+def usage(library: Path) -> dict[tuple[str, str], Usage]:
+    """The usage of every kernel in a library or cubin, by architecture (sm_90) and mangled name: as -Xptxas -v says."""
+    done = subprocess.run([tool("cuobjdump"), "-res-usage", str(library)], capture_output=True, text=True, check=True)
+    arch, name, found = "", "", {}
+    for line in (done.stdout + done.stderr).splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found[arch, name] = Usage(*map(int, match.groups()))
+    return found
+
+
 def kernels(library: Path) -> Iterator[tuple[str, str, str]]:
-    """(architecture, mangled name, disassembly) of every kernel of the search in a library or cubin."""
+    """(architecture, mangled name, disassembly) of every screen whose loop is counted, in a library or cubin."""
     with tempfile.TemporaryDirectory() as folder:
         if library.suffix == ".cubin":
             cubins = [library]
@@ -51,7 +75,7 @@ def kernels(library: Path) -> Iterator[tuple[str, str, str]]:
             cubins = sorted(Path(folder).glob("*.cubin"))
         for cubin in cubins:
             arch = re.search(r"sm_\d+", cubin.name)
-            if arch is None or arch[0] not in ARCHES:
+            if arch is None or arch[0] not in COUNTED:
                 continue
             usage = subprocess.run(
                 [tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True
@@ -63,24 +87,31 @@ def kernels(library: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def policy_of(name: str) -> tuple[str, str, str, int]:
-    """(operand, source, element, width) of a mangled kernel."""
+    """(operand, element, source, width) of a mangled kernel."""
     found = re.search(r"OperandE(\d)E\w*?(half|bfloat16).*?Li(\d+)ELNS_6SourceE(\d)E", name)
     if found is None:
         raise ValueError(f"not a screen's name: {name}")
-    return OPERANDS[int(found[1])], SOURCES[int(found[4])], found[2], int(found[3])
+    element = "float16" if found[2] == "half" else "bfloat16"
+    return OPERANDS[int(found[1])], element, SOURCES[int(found[4])], int(found[3])
 
 
-def tile_elements(operand: str, source: str, width: int) -> int:
-    """(row, code) pairs of a warp and a tile, as the extension plans it."""
-    plan_search = importlib.import_module("fastvq._cuda").plan_search
-    x, d = (BFLOAT16 if operand == "stored" else FLOAT32), min(16, (width - 3) // 3) if operand == "split" else width
-    device = (90, 1 if source == "resident" else 132, 232_448)
-    if source == "chunked":
-        d = 512
-    k = 256 if source == "resident" else 1 << 20
-    plan = plan_search(device, x, x, 1, 10**7, k, d)
+def plan_of(operand: str, element: str, source: str, width: int) -> dict[str, Any]:
+    """What the extension plans where it takes a policy: 10 million rows, 1024 codes or, where they pass by, 2^20."""
+    kernels = importlib.import_module("fastvq._cuda")
+    x = TYPES.get(f"{operand} {element}", 0)
+    if source == "staged":
+        plan = kernels.plan_stages((90, 132, 232_448), x, x, 1, 8, 10**7, 1024, width)
+    else:
+        d = 512 if source == "chunked" else min(16, (width - 3) // 3) if operand == "split" else width
+        k = 1024 if source == "resident" else 1 << 20
+        plan = kernels.plan_search((90, 132, 232_448), x, x, 1, 10**7, k, d)
     assert (plan["operand"], plan["source"]) == (operand, source), plan
-    return int(plan["rows"]) // int(plan["warps"]) * int(plan["tile"])
+    return dict(plan)
+
+
+def order(row: Row) -> list[str]:
+    """By architecture, operand, source and width, numbers as numbers."""
+    return [str(row[name]).rjust(8) for name in KEY]
 
 
 def count(arch: str, listing: Listing, elements: int, width: int) -> Row:
@@ -104,44 +135,49 @@ def count(arch: str, listing: Listing, elements: int, width: int) -> Row:
     lanes = elements / 32
     bound = max(cycles, key=lambda unit: cycles[unit])
     row: Row = {"alu": cycles["alu"] / MACHINES[arch].alu / lanes, "issued": sum(weight.values()) / lanes}
-    row |= {"tensor": cycles["tensor"] / cycles[bound], "bound": bound, "spills": spills_of(listing)}
+    row |= {"tensor": cycles["tensor"] / cycles[bound], "bound": bound}
     return row | {"loop": " ".join(f"{name}:{n:g}" for name, n in mix.most_common(10))}
 
 
 def measure(library: Path, targets_only: bool = False) -> list[Row]:
-    """A line for every policy and architecture in a library; of twins one: not float16, not the staged loop."""
-    rows = []
-    for arch, name, text in kernels(library):
-        operand, source, element, width = policy_of(name)
-        if source == "staged" or (operand == "stored" and element == "half"):
+    """A line for every policy and architecture in a library, or for one of each kind that has a target."""
+    texts, rows = {(arch, name): text for arch, name, text in kernels(library)}, []
+    for (arch, name), used in usage(library).items():
+        if "ScreenPolicy" not in name or arch not in ARCHES:
             continue
-        wanted = operand == "rounded" and (arch, str(width)) in TARGETS and source != "chunked"
-        if targets_only and not wanted and (operand, source, width) != ("split", "resident", 32):
+        operand, element, source, width = policy_of(name)
+        wanted = operand == "rounded" and (arch, str(width)) in TARGETS and source in ("resident", "streamed")
+        if targets_only and not (wanted or (arch in COUNTED and (operand, source, width) == ("split", "resident", 32))):
             continue
-        padded = 512 if source == "chunked" else width
-        row = {
-            "arch": arch,
-            "operand": operand,
-            "source": source,
-            "width": "over 256" if source == "chunked" else width,
-        }
-        counted = count(arch, parse_cuda(text), tile_elements(operand, source, width), padded)
-        rows.append(row | {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in counted.items()})
-    return sorted(rows, key=lambda row: [str(row[name]).rjust(8) for name in KEY])
+        plan = plan_of(operand, element, source, width)
+        elements = plan["rows"] // plan["warps"] * plan["tile"]  # of a warp and a tile
+        row = dict(zip(KEY, (arch, operand, element, source, width), strict=True)) | dict.fromkeys(COUNTS, "")
+        if source == "chunked":
+            row["width"], width = "over 256", 512
+        listing = parse_cuda(texts[arch, name]) if arch in COUNTED else None
+        if listing is not None:
+            row |= {
+                k: f"{v:.2f}" if isinstance(v, float) else v for k, v in count(arch, listing, elements, width).items()
+            }
+        row |= {"registers": used.registers, "shared": plan["shared_memory"]}
+        rows.append(row | {"spills": used.stack + used.local + (spills_of(listing) if listing is not None else 0)})
+    return sorted(rows, key=order)
 
 
 def missed(row: Row) -> list[str]:
     """Which targets a line misses."""
-    targets = TARGETS.get((row["arch"], row["width"]), {}) if row["operand"] != "split" else {}
+    searches = row["operand"] != "split" and row["source"] != "staged"
+    targets = TARGETS.get((row["arch"], str(row["width"])), {}) if searches else {}
     found = []
     if "alu" in targets and float(row["alu"]) > targets["alu"]:
         found.append(f"{row['alu']} ALU operations an element, {targets['alu']} are allowed")
     if "tensor" in targets and float(row["tensor"]) < targets["tensor"]:
         found.append(f"tensor-bound for {row['tensor']} of the time, {targets['tensor']} is asked for")
-    if (row["operand"], row["source"], row["width"]) == ("split", "resident", "32") and float(row["issued"]) > ISSUED:
+    small = (row["operand"], row["source"], str(row["width"])) == ("split", "resident", "32")
+    if small and row["issued"] and float(row["issued"]) > ISSUED:
         found.append(f"{row['issued']} instructions an element, {ISSUED} are allowed")
     if int(row["spills"]):
-        found.append(f"{row['spills']} instructions touch local memory")
+        found.append(f"{row['spills']} bytes of stack or local memory, or instructions that touch it")
     return found
 
 
@@ -155,7 +191,7 @@ def check(rows: list[Row], committed: list[dict[str, str]]) -> list[str]:
         line = before.get(key)
         if line is None:
             found.append("not in the table; run python -m benchmarks.cuda_report")
-        else:
+        elif row["alu"]:
             found += [
                 f"{name} {row[name]}, was {line[name]}"
                 for name in ("alu", "issued")
@@ -174,17 +210,29 @@ def read() -> list[dict[str, str]]:
 
 
 def table(rows: list[Row]) -> str:
-    """The page's table in Markdown."""
+    """The page's tables in Markdown."""
     lines = [
-        "| device | operand | codes | width | ALU operations | instructions | tensor-bound | busiest |",
-        "|---|---|---|---|---|---|---|---|",
+        "| device | operand | codes | width | ALU | issued | tensor-bound | busiest | registers | KiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['arch']} | {r['operand']} | {r['source']} | {r['width']} | {r['alu']} | {r['issued']} | {r['tensor']} "
-        f"| {r['bound']} |"
+        f"| {r['arch']} | {operand_of(r)} | {r['source']} | {r['width']} | {r['alu']} | {r['issued']} | {r['tensor']} "
+        f"| {r['bound']} | {r['registers']} | {int(r['shared']) / 1024:.0f} |"
         for r in rows
+        if r["alu"]
     ]
+    lines += ["", f"| registers | codes | width | {' | '.join(ARCHES)} |", "|---" * (3 + len(ARCHES)) + "|"]
+    registers = {tuple(r[name] for name in KEY): r["registers"] for r in rows}
+    for r in rows:
+        if r["arch"] == ARCHES[0]:
+            by_arch = [registers[(arch, *(r[name] for name in KEY[1:]))] for arch in ARCHES]
+            lines.append(f"| {operand_of(r)} | {r['source']} | {r['width']} | {' | '.join(map(str, by_arch))} |")
     return "\n".join(lines)
+
+
+def operand_of(row: Row) -> str:
+    """How a row's operand is called on the page."""
+    return row["element"] if row["operand"] == "stored" else row["operand"]
 
 
 def write(rows: list[Row]) -> None:
@@ -206,7 +254,7 @@ def main() -> int:
     options = parser.parse_args()
     libraries = options.libraries or [Path(str(importlib.import_module("fastvq._cuda").__file__))]
     rows = [row for library in libraries for row in measure(library)]
-    rows.sort(key=lambda row: [str(row[name]).rjust(8) for name in KEY])
+    rows.sort(key=order)
     if not options.check:
         write(rows)
     complaints = check(rows, read())

@@ -61,6 +61,18 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// threadIdx.x and blockIdx.x, read anew each time: no register keeps them through a loop that needs all there are.
+__device__ __forceinline__ unsigned thread_again() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ unsigned block_again() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 }  // namespace fastvq::ptx
 
 #else

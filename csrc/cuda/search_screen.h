@@ -478,12 +478,28 @@ __device__ __forceinline__ void copy_block(unsigned char* target, const unsigned
   }
 }
 
+// A warp's rows among those of its block; computed before the loop over the codes and again after it.
+template <class P>
+struct WarpPlace {
+  int lane, first_row;  // of the block's
+
+  __device__ __forceinline__ WarpPlace() {
+    const unsigned thread = ptx::thread_again();
+    lane = static_cast<int>(thread % 32);
+    first_row = static_cast<int>(thread / 32) * 16 * P::kM;
+  }
+  __device__ __forceinline__ std::int64_t row(unsigned block) const {
+    return static_cast<std::int64_t>(block) * P::kRows + first_row;
+  }
+};
+
 // All codes stay in shared memory; each warp takes rows on its own. Grid (blocks, heads).
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1) resident_kernel(const ScreenArguments a) {
   auto* shared = dynamic_shared<unsigned char>();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  auto* lengths = reinterpret_cast<Lengths*>(shared + a.tiles * P::kTileBytes) + warp * 16 * P::kM;
+  const auto lengths_of = [&](const WarpPlace<P>& place) {
+    return reinterpret_cast<Lengths*>(shared + a.tiles * P::kTileBytes) + place.first_row;
+  };
   const unsigned head = blockIdx.y;
   const int tiles = static_cast<int>(a.tiles);
 #pragma unroll 1
@@ -495,16 +511,18 @@ __global__ void __launch_bounds__(P::kThreads, 1) resident_kernel(const ScreenAr
   ptx::copy_wait<0>();
   __syncthreads();
   for (unsigned block = blockIdx.x; block < a.row_blocks; block += gridDim.x) {
-    const auto first = [&] { return static_cast<std::int64_t>(block) * P::kRows + warp * 16 * P::kM; };
+    const WarpPlace<P> before;
     std::uint32_t operand[P::kM][P::kSteps][4];
     float factor[2 * P::kM];
-    load_rows<P>(a, head, first(), lane, operand, factor, lengths);
+    load_rows<P>(a, head, before.row(block), before.lane, operand, factor, lengths_of(before));
     Smallest seen[2 * P::kM];
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      screen_tile<P>(shared + tile * P::kTileBytes, tile * P::kSegments, -(1 << a.bits), lane, operand, factor, seen);
+      screen_tile<P>(shared + tile * P::kTileBytes, tile * P::kSegments, -(1 << a.bits), before.lane, operand, factor,
+                     seen);
     }
-    settle_rows<P>(a, head, first(), seen, lengths, 0, lane,
+    const WarpPlace<P> after;
+    settle_rows<P>(a, head, after.row(block), seen, lengths_of(after), 0, after.lane,
                    [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
     __syncwarp();
   }
@@ -540,21 +558,25 @@ __device__ __forceinline__ void screen_tiles(unsigned char* shared, const unsign
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1) streamed_kernel(const ScreenArguments a) {
   auto* shared = dynamic_shared<unsigned char>();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  auto* lengths = reinterpret_cast<Lengths*>(shared + P::kStages * P::kTileBytes) + warp * 16 * P::kM;
-  const unsigned head = blockIdx.x / static_cast<unsigned>(a.row_blocks);
-  const unsigned block = blockIdx.x - head * static_cast<unsigned>(a.row_blocks);
-  const auto first = [&] { return static_cast<std::int64_t>(block) * P::kRows + warp * 16 * P::kM; };
+  const auto lengths_of = [&](const WarpPlace<P>& place) {
+    return reinterpret_cast<Lengths*>(shared + P::kStages * P::kTileBytes) + place.first_row;
+  };
+  const auto row_blocks = static_cast<unsigned>(a.row_blocks);
+  const WarpPlace<P> before;
+  const unsigned head = blockIdx.x / row_blocks, block = blockIdx.x % row_blocks;
   const std::int64_t first_tile = blockIdx.y * a.share;
   const int tiles = static_cast<int>(a.tiles - first_tile < a.share ? a.tiles - first_tile : a.share);
   const unsigned char* source = a.packed + (head * a.tiles + first_tile) * P::kTileBytes;
   std::uint32_t operand[P::kM][P::kSteps][4];
   float factor[2 * P::kM];
   Smallest seen[2 * P::kM];
-  screen_tiles<P>(shared, source, tiles, -(1 << a.bits), lane, operand, factor, seen,
-                  [&] { load_rows<P>(a, head, first(), lane, operand, factor, lengths); });
-  settle_rows<P>(a, head, first(), seen, lengths, first_tile * P::kSegments, lane,
-                 [&](int, std::int64_t n, int code) { store_code<P>(a, head, n, code); });
+  screen_tiles<P>(shared, source, tiles, -(1 << a.bits), before.lane, operand, factor, seen,
+                  [&] { load_rows<P>(a, head, before.row(block), before.lane, operand, factor, lengths_of(before)); });
+  const WarpPlace<P> after;
+  const unsigned block_after = ptx::block_again(), head_after = block_after / row_blocks;
+  settle_rows<P>(a, head_after, after.row(block_after % row_blocks), seen, lengths_of(after),
+                 blockIdx.y * a.share * P::kSegments, after.lane,
+                 [&](int, std::int64_t n, int code) { store_code<P>(a, head_after, n, code); });
 }
 
 // All stages of a residual quantiser for a block of rows, the residual in shared memory; codebooks are (H, Q, K, D), a

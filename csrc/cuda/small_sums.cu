@@ -13,7 +13,7 @@
 namespace fastvq {
 namespace {
 
-constexpr int kWarps = 32, kThreads = 32 * kWarps;
+constexpr int kWarps = 32, kThreads = 32 * kWarps;  // one block a multiprocessor: for two ptxas would spill
 constexpr std::int64_t kBlockRows = 8192;
 constexpr std::size_t kShared = 99 * 1024;  // what every architecture gives a block
 
@@ -79,7 +79,7 @@ struct Target {
 
 // Indices (H, N, Q), of which one a row is taken. Grid (blocks, H); with one block a head its sums are final.
 template <class X, class TERM>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     small_sums_kernel(Rows x, const std::int64_t* indices, std::int64_t Q, const std::uint8_t* mask, int K, int D,
                       int tile, bool checked, TERM term, Target target) {
   double* total = dynamic_shared<double>();
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Grid (blocks of kThreads sums and counts, H).
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(int blocks, int K, int D, Target target) {
+__global__ void __launch_bounds__(kThreads, 1) add_parts_kernel(int blocks, int K, int D, Target target) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x), all = K * (D + 1);
   if (i >= all) return;
   const std::int64_t head = blockIdx.y;

@@ -5,19 +5,19 @@ import os
 from pathlib import Path
 
 import pytest
-from shimmed import SANITIZERS, compile_module, compile_shim, load_module
+from shimmed import RACES, SANITIZERS, compile_module, compile_shim, load_module
 
 from fastvq.backends import cuda
 
 
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory):
-    """The program of faults.cu: as all tests run it, and under AddressSanitizer and UBSan."""
+    """The program of faults.cu: as most tests run it, under AddressSanitizer and UBSan, and with its races watched."""
     source = Path(__file__).parent / "faults.cu"
     programs = {}
-    for name, flags in {"plain": [], "sanitized": SANITIZERS}.items():
+    for name, flags, source_flags in (("plain", [], []), ("sanitized", SANITIZERS, []), ("watched", [], RACES)):
         folder = tmp_path_factory.mktemp(name)
-        programs[name] = compile_shim(folder, folder / "faults", [source], flags)
+        programs[name] = compile_shim(folder, folder / "faults", [source], flags, source_flags=source_flags)
     return programs
 
 

@@ -131,6 +131,57 @@ __global__ void race_between_warps(const int* in, int* out, bool fault) {
   out[threadIdx.x] = values[127 - threadIdx.x];
 }
 
+// Races that no order of execution shows, since every thread writes the same: two writers,
+__global__ void same_value(const int* in, int* out, bool fault) {
+  __shared__ int values[128];
+  if (fault || threadIdx.x == 0) values[0] = in[0];
+  __syncthreads();
+  out[threadIdx.x] = in[127 - threadIdx.x] + values[0] - in[0];
+}
+
+// a writer after readers, of other warps,
+__global__ void written_again(const int* in, int* out, bool fault) {
+  __shared__ int values[128];
+  values[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = values[127 - threadIdx.x];
+  if (!fault) __syncthreads();
+  values[threadIdx.x] = in[threadIdx.x];
+}
+
+// or of its own warp,
+__global__ void written_again_in_a_warp(const int* in, int* out, bool fault) {
+  __shared__ int values[128];
+  values[threadIdx.x] = in[threadIdx.x ^ 96];
+  __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x ^ 31];
+  if (!fault) __syncwarp();
+  values[threadIdx.x] = in[threadIdx.x ^ 96];
+}
+
+// where a barrier of the warp is not enough,
+__global__ void barrier_of_a_warp(const int* in, int* out, bool fault) {
+  __shared__ int values[128];
+  values[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = values[127 - threadIdx.x];
+  if (fault) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  values[threadIdx.x] = in[threadIdx.x];
+}
+
+// and where an exchange between lanes is taken for a barrier.
+__global__ void exchange_for_barrier(const int* in, int* out, bool fault) {
+  __shared__ int values[128];
+  values[threadIdx.x] = in[threadIdx.x ^ 96];
+  const unsigned all = __ballot_sync(kAll, 1);
+  if (!fault) __syncwarp();
+  out[threadIdx.x] = all == kAll ? values[threadIdx.x ^ 31] : 0;
+}
+
 __global__ void not_cleared(const int* in, int* out, bool fault) {
   __shared__ int values[128];
   if (!fault) values[threadIdx.x] = 0;
@@ -193,6 +244,11 @@ const Case kCases[] = {
     {"two_barriers", two_barriers},
     {"uneven_loop", uneven_loop},
     {"race_between_warps", race_between_warps},
+    {"same_value", same_value},
+    {"written_again", written_again},
+    {"written_again_in_a_warp", written_again_in_a_warp},
+    {"barrier_of_a_warp", barrier_of_a_warp},
+    {"exchange_for_barrier", exchange_for_barrier},
     {"not_cleared", not_cleared},
     {"dynamic_past_its_size", dynamic_past_its_size},
     {"static_past_its_size", static_past_its_size},

@@ -33,15 +33,20 @@ FLAGS = [
 SANITIZERS = ["-fsanitize=address,undefined", "-fsanitize-sections=fastvq_shared", "-O0", "-g1"]
 
 
-def compile_shim(folder, output, sources, flags=(), link_flags=()):
-    """Compile .cu and .cpp sources and the shim's scheduler with the C++ compiler; link them."""
+# Each access of the sources is announced to shim/races.cpp.
+RACES = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+
+
+def compile_shim(folder, output, sources, flags=(), link_flags=(), source_flags=()):
+    """Compile .cu and .cpp sources and the shim with the C++ compiler; link them. `source_flags` are not the shim's."""
     compiler = build.cpu_compiler()
     file = build.NinjaFile(folder)
     file.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
     file.rule("link", f"{compiler} $in -o $out $flags")
     objects = [
-        file.build(folder / f"{source.parent.name}_{source.stem}.o", "cxx", [source], [*FLAGS, *flags])
-        for source in [*sources, SHIM / "shim.cpp"]
+        file.build(folder / f"{source.parent.name}_{source.stem}.o", "cxx", [source], [*FLAGS, *flags, *extra])
+        for files, extra in ((sources, source_flags), (sorted(SHIM.glob("*.cpp")), ()))
+        for source in files
     ]
     file.build(output, "link", objects, [*FLAGS, *flags, *link_flags, "-ldl"])
     file.run()
@@ -68,7 +73,7 @@ def load_module(path):
     return module
 
 
-def compile_mutant(module, folder, name, changes):
+def compile_mutant(module, folder, name, changes, source_flags=()):
     """The module with one source changed, each piece of text at the one place where it stands; the rest is linked anew.
 
     `name` is the .cu file that is compiled again, `changes` {file: {old: new}}.
@@ -81,9 +86,16 @@ def compile_mutant(module, folder, name, changes):
             assert text.count(old) == 1, f"{old!r} stands in {text.count(old)} places of {changed}"
             text = text.replace(old, new)
         path.write_text(text)
-    others = [o for o in Path(module.__file__).parent.glob("*.o") if o.stem not in (f"cuda_{name}", "shim_shim")]
-    source = folder / "csrc" / "cuda" / f"{name}.cu"
-    return compile_shim(folder, folder / "_cuda_shim.so", [source], link_flags=["-shared", *map(str, others)])
+    return relink(module, folder, [folder / "csrc" / "cuda" / f"{name}.cu"], source_flags)
+
+
+def relink(module, folder, sources, source_flags=()):
+    """The module with some .cu files compiled anew, or in another way."""
+    names = [f"cuda_{source.stem}" for source in sources]
+    objects = Path(module.__file__).parent.glob("*.o")
+    others = [str(o) for o in objects if o.stem not in names and not o.stem.startswith("shim_")]
+    output = folder / "_cuda_shim.so"
+    return compile_shim(folder, output, sources, link_flags=["-shared", *others], source_flags=source_flags)
 
 
 def dies(module, code):

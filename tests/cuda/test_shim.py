@@ -47,6 +47,22 @@ def test_a_seeded_fault_is_caught_and_the_kernel_without_it_passes(faults, name)
         assert any(caught), f"{variant}: {wrong.stdout}{wrong.stderr}"
 
 
+HIDDEN = ("same_value", "written_again", "written_again_in_a_warp", "barrier_of_a_warp", "exchange_for_barrier")
+RACES = ("reverse", "reverse_twice", "reverse_warp", "race_between_warps", "copy_in_flight", *HIDDEN)
+
+
+@pytest.mark.parametrize("name", sorted({*CAUGHT, *RACES}))
+def test_a_race_is_seen_in_any_order(faults, name):
+    """Also where the result is right whatever runs first; and no race is seen where there is none."""
+    for seed in range(3):
+        right = run(faults["watched"], name, 0, seed)
+        assert right.returncode == 0, right.stdout + right.stderr
+        if name in RACES:
+            assert ": race: it " in run(faults["watched"], name, 1, seed).stderr
+        if name in HIDDEN and name != "exchange_for_barrier":
+            assert run(faults["plain"], name, 1, seed).returncode == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_narrow_number_is_widened_exactly(kernels, dtype):
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).unsqueeze(1)

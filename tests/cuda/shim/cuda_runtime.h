@@ -3,7 +3,10 @@
 // - each warp, and in it each lane, runs ahead as far as it can, in an order drawn from a seed (fastvq_shim_seed);
 // - shared memory and the targets of cp.async that are not waited for hold NaN;
 // - what the model leaves undefined ends the program with a message: divergent barriers, lanes outside the mask,
-//   misaligned addresses, shared memory past its size, copies left in flight.
+//   misaligned addresses, shared memory past its size, copies left in flight;
+// - and, in sources compiled with -fsanitize=thread, two threads that touch a byte of shared memory, one of them
+// writing,
+//   with nothing that orders them: races.cpp takes the place of that sanitizer's library.
 // The sources see FASTVQ_CUDA_SHIM. Blocks run one after the other, so kernels must not wait for another block.
 #pragma once
 #define FASTVQ_CUDA_SHIM 1
@@ -127,6 +130,19 @@ inline void check_aligned(const void* address, std::size_t bytes, const char* wh
 void async_copy(void* target, const void* source, std::size_t bytes, std::size_t valid);
 void async_commit();
 void async_wait(unsigned newest_groups_left);
+
+// Who has touched shared memory since when (races.cpp). `forget` begins a block, `order_block` and `order_warp` are
+// what barriers do; a byte that a copy is in flight to may not be touched by anyone.
+struct SharedRange {
+  const unsigned char* begin;
+  std::size_t bytes;
+};
+void watch(SharedRange dynamic, SharedRange variables);
+void order_block();
+void order_warp(unsigned warp);
+void touch(const void* address, std::size_t bytes, bool write);
+void fly(const void* target, std::size_t bytes, bool flying);
+bool running(unsigned* thread);  // whether a thread of a block is, and its number
 
 }  // namespace shim
 

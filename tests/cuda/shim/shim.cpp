@@ -249,6 +249,7 @@ void release_barrier() {
       stuck();
   }
   for (unsigned t = 0; t < live; ++t) pool[t]->state = State::kReady;
+  order_block();
   barrier_sum = std::exchange(arriving_sum, 0);
 }
 
@@ -370,6 +371,9 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
 #endif
   const std::size_t room = (config.dynamicSmemBytes + 127) / 128 * 128;
   shared_memory = shared_region + kSharedRegion - room;
+  const auto variables =
+      __start_fastvq_shared ? static_cast<std::size_t>(__stop_fastvq_shared - __start_fastvq_shared) : 0;
+  watch({shared_memory, room}, {__start_fastvq_shared, variables});
   body = &thread;
   gridDim = grid;
   blockDim = block;
@@ -383,6 +387,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
     if (__start_fastvq_shared) {
       poison(__start_fastvq_shared, static_cast<std::size_t>(__stop_fastvq_shared - __start_fastvq_shared));
     }
+    order_block();
     run_block();
     for (std::size_t extra = config.dynamicSmemBytes; extra < room; ++extra) {
       if (shared_memory[extra] != 0xff)
@@ -435,6 +440,13 @@ void meet(const char* name, unsigned mask, const void* in, void* out,
     pool[first + l]->state = State::kReady;
   }
   finish(ins, outs, mask);
+  const unsigned all = live - first < kWarp ? (1u << (live - first)) - 1 : ~0u;
+  if (mask == all && !std::strcmp(name, "__syncwarp")) order_warp(first / kWarp);
+}
+
+bool running(unsigned* thread) {
+  if (self) *thread = self->number;
+  return self != nullptr;
 }
 
 void async_copy(void* target, const void* source, std::size_t bytes, std::size_t valid) {
@@ -443,6 +455,8 @@ void async_copy(void* target, const void* source, std::size_t bytes, std::size_t
   check_aligned(target, bytes, "cp.async, target");
   check_aligned(source, bytes, "cp.async, source");
   const Copy copy = {target, source, bytes, valid};
+  touch(target, bytes, true);
+  fly(target, bytes, true);
   poison(target, bytes);
   forbid(copy, true);
   self->open.push_back(copy);
@@ -458,6 +472,8 @@ void async_wait(unsigned newest_groups_left) {
   while (groups.size() > newest_groups_left) {
     for (const Copy& copy : groups.front()) {
       forbid(copy, false);
+      fly(copy.target, copy.bytes, false);
+      touch(copy.target, copy.bytes, true);
       std::memset(copy.target, 0, copy.bytes);
       std::memcpy(copy.target, copy.source, copy.valid);
     }

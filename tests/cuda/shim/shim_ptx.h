@@ -76,4 +76,11 @@ void copy_wait() {
   shim::async_wait(Pending);
 }
 
+inline unsigned thread_again() {
+  return threadIdx.x;
+}
+inline unsigned block_again() {
+  return blockIdx.x;
+}
+
 }  // namespace fastvq::ptx
