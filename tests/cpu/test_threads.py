@@ -110,3 +110,16 @@ def test_torchs_threads_and_no_others(number):
         assert others < 0.05 * mine, "a second thread worked"
     else:
         assert others > 0.05 * mine, "the others did nothing"
+
+
+@pytest.mark.parametrize(("rows", "size"), [(20000, 7), (50021, 1000), (9000, 9000)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_of_many_rows_on_any_number_of_threads(rows, size, masked):
+    """Each thread sorts a part of the rows by their codes; the order of the sums is that of the rows."""
+    generator = torch.Generator().manual_seed(rows)
+    x, indices = torch.randn(rows, 3, generator=generator), torch.randint(-1, size, (rows,), generator=generator)
+    mask = torch.rand(rows, generator=generator) > 0.3 if masked else None
+    wanted = fastvq.code_sums(x, indices, size, mask=mask, backend="reference")
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert same(fastvq.code_sums(x, indices, size, mask=mask, backend="cpu"), wanted)
