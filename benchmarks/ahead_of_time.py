@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,13 @@ def compiled(what: Launch) -> Any:
     attributes = {path: [list(pair) for pair in pairs] for path, pairs in what.attributes}
     source = ASTSource(what.kernel, dict(what.signature), dict(what.constants), attributes)
     return triton.compile(source, target=target_of(what.arch), options=dict(what.options))
+
+
+def batches(launches: Iterable[Launch], most: int = 24) -> list[list[Launch]]:
+    """The launches by architecture, in lists that a process takes at a time."""
+    ordered = sorted(launches, key=lambda what: what.arch)
+    by_arch = (list(some) for _, some in itertools.groupby(ordered, lambda what: what.arch))
+    return [some[i : i + most] for some in by_arch for i in range(0, len(some), most)]
 
 
 def tool(name: str) -> str:

@@ -46,6 +46,7 @@ SHAPES = (  # N, K, D, dtype
 )
 DRY_SHAPES = ((70, 40, 16, "bfloat16"), (33, 20, 8, "float32"))
 STEPS = ((65_536, 1024, 64), (65_536, 8192, 256))  # N, K, D, float32
+DRY_STEPS = ((50, 20, 8),)
 RESIDUAL = (8, 6000, 128, 1024)  # stages, rows, D, K
 NAIVE_BYTES = 16 << 30  # largest N x K matrix that the naive versions are asked to make
 TESTS = ["tests/kernels/test_on_device.py"]
@@ -269,7 +270,7 @@ def contenders(check: Check, x: torch.Tensor, codebook: torch.Tensor) -> Iterato
             layer._codebook.embed.data.copy_(codebook[None])
             rows = x.float()[None]
             yield "vector-quantize-pytorch", lambda: layer(rows)
-    if not check.dry and importlib.util.find_spec("flash_kmeans"):
+    if importlib.util.find_spec("flash_kmeans"):  # in a dry run it refuses the CPU, which is recorded
         from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 
         squares = x.float().square().sum(-1)[None]
@@ -318,7 +319,7 @@ def time_steps(check: Check) -> list[Record]:
     from fastvq.measure.contenders import STEPS as NAMES
 
     found = []
-    for n, k, d in ((50, 20, 8),) if check.dry else STEPS:
+    for n, k, d in DRY_STEPS if check.dry else STEPS:
         x, codebook = drawn(check, n, k, d, "float32")
         for name in available(NAMES):
             layer = LAYERS[name](codebook.cpu() if name in ("module", "peer") else codebook)
@@ -362,51 +363,53 @@ def time_kernels(check: Check) -> list[Record]:
     """Microseconds of each kernel of a search, and of a training step."""
     from fastvq.measure.contenders import FusedLayer
 
-    if check.dry:
-        return []
     found = []
-    for n, k, d, dtype in SHAPES:
+    for n, k, d, dtype in DRY_SHAPES if check.dry else SHAPES:
         x, codebook = drawn(check, n, k, d, dtype)
         for name, backend in backends(check).items():
             call = lambda backend=backend, x=x, codebook=codebook: backend.search(x, codebook, "euclidean", False, "")  # noqa: E731
-            found.append({"N": n, "K": k, "D": d, "dtype": dtype, "of": f"search {name}", "us": by_kernel(call)})
-    for n, k, d in STEPS:
+            took = by_kernel(check, call)
+            found.append({"N": n, "K": k, "D": d, "dtype": dtype, "of": f"search {name}", "us": took})
+    for n, k, d in DRY_STEPS if check.dry else STEPS:
         x, codebook = drawn(check, n, k, d, "float32")
-        step = training_step(FusedLayer(codebook), x)
-        found.append({"N": n, "K": k, "D": d, "dtype": "float32", "of": "step", "us": by_kernel(step)})
+        took = by_kernel(check, training_step(FusedLayer(codebook), x))
+        found.append({"N": n, "K": k, "D": d, "dtype": "float32", "of": "step", "us": took})
     return found
 
 
-def by_kernel(call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
-    """Microseconds a call spends in each kernel, by the profiler."""
+def by_kernel(check: Check, call: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds a call spends in each kernel, by the profiler; in a dry run in each of torch's operators."""
     from torch.profiler import ProfilerActivity, profile
 
+    calls, activity = (1, ProfilerActivity.CPU) if check.dry else (3, ProfilerActivity.CUDA)
+    wait = torch.cpu.synchronize if check.dry else torch.cuda.synchronize
     call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    wait()
+    with profile(activities=[activity]) as profiler:
         for _ in range(calls):
             call()
-        torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-    events.sort(key=lambda event: -event.self_device_time_total)
-    return {event.key[:80]: round(event.self_device_time_total / calls, 1) for event in events}
+        wait()
+    name = "self_cpu_time_total" if check.dry else "self_device_time_total"
+    events = [(getattr(event, name), event.key[:80]) for event in profiler.key_averages()]
+    return {key: round(took / calls, 1) for took, key in sorted(events, reverse=True) if took > 0}
 
 
 def time_tiles(check: Check) -> list[Record]:
     """The screen with other tiles than the heuristics', fastest first: what FASTVQ_AUTOTUNE=1 would find."""
-    from fastvq.kernels import autotune, search
+    from fastvq.kernels import search
     from fastvq.kernels.launch import device_of
     from fastvq.kernels.rows import rows_of
 
     found = []
-    for n, k, d, dtype in () if check.dry else SHAPES:
+    for n, k, d, dtype in DRY_SHAPES if check.dry else SHAPES:
         if time.monotonic() > check.end:
             break
         x, codebook = drawn(check, n, k, d, dtype)
         device, width, rows = device_of(x), search.width_of(d), rows_of(x, False)
-        choices = search.choices_for(device, k, width)
+        choices = search.choices_for(device, k, width)[: 2 if check.dry else None]
         run = lambda tiles: search.screen(device, rows, codebook, True, width, tiles, 1.0)  # noqa: E731, B023
-        times = autotune.timed(choices, run)
+        timed = {tiles: check.timed(lambda tiles=tiles: run(tiles)) for tiles in choices}  # noqa: B023
+        times = {tiles: record["ms"] for tiles, record in timed.items() if "ms" in record}
         ranked = sorted(times, key=lambda tiles: times[tiles])
         found.append(
             {"N": n, "K": k, "D": d, "dtype": dtype, "usual": list(choices[0]), "usual_ms": times.get(choices[0])}
@@ -433,31 +436,37 @@ def _compile_at(place: int) -> str:
 
 def compile_ahead(check: Check) -> Record:
     """Fill Triton's cache with what the timings launch, by processes of their own that never touch the device."""
-    if check.dry:
-        return {"launches": 0}
-    done = python(check, "-m", "benchmarks.gpu_check", "--compile")
+    dry = ["--dry"] if check.dry else []
+    done = python(check, "-m", "benchmarks.gpu_check", "--compile", *dry, TRITON_INTERPRET="0")
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compile_all() -> int:
-    """What `compile_ahead` has done for it: the launches of `SHAPES` on the GPU that is here."""
+def arch_here() -> str:
+    """The GPU's architecture without touching it; empty where nvidia-smi is missing or finds none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except FileNotFoundError:
+        return ""
+    return f"sm_{re.sub('[^0-9]', '', lines[0])}" if lines else ""
+
+
+def compile_all(dry: bool) -> int:
+    """What `compile_ahead` has done for it: the launches of `SHAPES` on the GPU that is here; dry, some for an H100."""
     from fastvq.kernels import launch, search
     from fastvq.kernels.rows import rows_of
 
     from benchmarks.ahead_of_time import launches_of, operator_calls
 
-    names = subprocess.run(
-        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    arch = f"sm_{re.sub('[^0-9]', '', names.stdout.splitlines()[0])}" if names.stdout else ""
+    arch, shapes = ("sm_90", DRY_SHAPES[:1]) if dry else (arch_here(), SHAPES)
     found: dict[Any, None] = {}
-    for n, k, d, dtype in SHAPES if arch in launch.DEVICES else ():
+    for n, k, d, dtype in shapes if arch in launch.DEVICES else ():
         x, codebook = (torch.empty(rows, d, dtype=getattr(torch, dtype), device="meta") for rows in (n, k))
         calls = operator_calls(x, codebook, "euclidean", False)[:1]
         device, width = launch.DEVICES[arch], search.width_of(d)
-        for tiles in search.choices_for(device, k, width):
+        for tiles in search.choices_for(device, k, width)[: 2 if dry else None]:
             calls.append(
                 lambda x=x, codebook=codebook, device=device, width=width, tiles=tiles: search.screen(
                     device, rows_of(x, False), codebook, True, width, tiles, 1.0
@@ -545,7 +554,7 @@ def main() -> int:
     parser.add_argument("--sanitized", choices=["cpu", "cuda"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
-        return compile_all()
+        return compile_all(options.dry)
     if options.sanitized:
         return sanitized_calls(options.sanitized)
     if not options.dry and not torch.cuda.is_available():

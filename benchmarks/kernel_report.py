@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import os
 import sys
@@ -18,14 +19,15 @@ from typing import Any
 import torch
 from fastvq.kernels import launch
 
-from benchmarks.ahead_of_time import Launch, compiled, launches_of, operator_calls, specialise
-from benchmarks.sass import analyse
+from benchmarks.ahead_of_time import Launch, batches, compiled, launches_of, operator_calls, specialise
+from benchmarks.sass import Listing, analyse, listings_of
 
 ROOT = Path(__file__).parents[1]
 CSV, PAGE = ROOT / "benchmarks" / "results" / "kernels.csv", ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- tables: python -m benchmarks.kernel_report -->", "<!-- end of tables -->"
 DIMS = (8, 32, 64, 128, 256)
 ROWS, CODES = 10_000_000, 65_536  # the shape that flash-kmeans publishes its rate for
+LEVEL = ("PART", "SIZE")  # constants that tell the levels of a sum apart
 KEY = ("source", "kernel", "arch", "D")
 
 Row = dict[str, Any]
@@ -57,24 +59,26 @@ def flash_kmeans(arch: str, d: int) -> Launch:
 
 
 def launches(arches: Iterable[str], with_rival: bool) -> list[tuple[str, int, Launch]]:
-    """(source, D, launch) of every line of the table; kernels without a matrix product at one D."""
-    found = []
+    """(source, D, launch) of every line of the table; of sums that differ in their level alone, the first."""
+    found: dict[tuple[Any, ...], tuple[str, int, Launch]] = {}
     for arch in arches:
         for d in DIMS:
             x, codebook = (torch.empty(n, d, dtype=torch.bfloat16, device="meta") for n in (ROWS, CODES))
             for call in operator_calls(x, codebook, "euclidean", option=False):
-                found += [("fastvq", d, what) for what in launches_of(arch, call) if d == 64 or elements_of(what)[1]]
+                for what in launches_of(arch, call):
+                    levels = [(what.kernel.arg_names.index(name),) for name in what.named_constants if name in LEVEL]
+                    rest = tuple(pair for pair in what.constants if pair[0] not in levels)
+                    found.setdefault(("fastvq", d, what._replace(constants=rest)), ("fastvq", d, what))
             if with_rival:
-                found.append(("flash-kmeans", d, flash_kmeans(arch, d)))
-    return list(dict.fromkeys(found))
+                found["flash-kmeans", d, arch] = ("flash-kmeans", d, flash_kmeans(arch, d))
+    return list(found.values())
 
 
-def row_of(source: str, d: int, what: Launch) -> Row:
-    """One line of the table."""
+def row_of(what: Launch, kernel: Any, listing: Listing) -> Row:
+    """What one line of the table says of a launch."""
     dim, elements = elements_of(what)
-    report = analyse(compiled(what), what.arch, dim, elements or None)
-    row: Row = {"source": source, "kernel": what.kernel.__name__, "arch": what.arch, "D": d}
-    row |= {"registers": report.registers, "spills": report.spills, "shared": report.shared}
+    report = analyse(kernel, listing, what.arch, dim, elements or None)
+    row: Row = {"registers": report.registers, "spills": report.spills, "shared": report.shared}
     row |= {"blocks": report.blocks, "warps": report.warps}
     row |= {"elements": elements or "", "alu": "", "shuffles": "", "tensor": "", "bound": ""}
     if elements:
@@ -83,19 +87,26 @@ def row_of(source: str, d: int, what: Launch) -> Row:
     return row | {"loop": " ".join(f"{name}:{count:g}" for name, count in list(report.mix.items())[:12])}
 
 
-_work: list[tuple[str, int, Launch]] = []  # shared by fork
+_work: list[list[Launch]] = []  # shared by fork
 
 
-def _row_at(place: int) -> Row:
+def _rows_at(place: int) -> list[Row]:
     torch.set_num_threads(1)
-    return row_of(*_work[place])
+    kernels = [compiled(what) for what in _work[place]]
+    return list(map(row_of, _work[place], kernels, listings_of(kernels, _work[place][0].arch)))
 
 
 def measure(arches: Iterable[str], with_rival: bool) -> list[Row]:
-    """All lines, compiled on all cores."""
-    _work[:] = launches(arches, with_rival)
+    """All lines; what is the same at several D is compiled once, on all cores."""
+    lines = launches(arches, with_rival)
+    _work[:] = batches(dict.fromkeys(what for _, _, what in lines))
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        return pool.map(_row_at, range(len(_work)), chunksize=1)
+        rows = itertools.chain(*pool.map(_rows_at, range(len(_work)), chunksize=1))
+        found = dict(zip(itertools.chain(*_work), rows, strict=True))
+    return [
+        {"source": source, "kernel": what.kernel.__name__, "arch": what.arch, "D": d} | found[what]
+        for source, d, what in lines
+    ]
 
 
 def worse(now: Row, before: dict[str, str]) -> list[str]:
@@ -146,7 +157,7 @@ def tables(rows: list[dict[str, str]]) -> str:
     for kernel in kernels:
         cells = []
         for arch in launch.DEVICES:
-            row = by_key.get(("fastvq", kernel, arch, "64"))
+            row = by_key.get(("fastvq", kernel, arch, "64")) or by_key.get(("fastvq", kernel, arch, "128"))
             cells.append(f"{row['registers']}, {int(row['shared']) / 1024:.0f}, {row['warps']}" if row else "-")
         lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -5,7 +5,10 @@ A static bound, not a time: the cycles that the busiest unit needs if nothing ev
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -138,31 +141,63 @@ def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> d
     return dominators
 
 
-_CUDA_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_CUDA_TARGET = re.compile(r"`\((\.L[\w.$]*)\)")
+_CUDA_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_CUDA_TARGET = re.compile(r"`\((\.L[\w.$]*)\)|\b(0x[0-9a-f]+)\s*$")
 
 
-def disassemble(cubin: bytes) -> str:
-    """What nvdisasm makes of a cubin, with labels."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def code_of(cubin: bytes) -> bytes:
+    """The instructions of a cubin with one kernel: its section .text.NAME, by the headers of 64-bit ELF."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    start_of_names = sections[names][4]
+    found = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin[start_of_names + name :].startswith(b".text.")
+    ]
+    if len(found) != 1:
+        raise ValueError(f"the cubin must hold one kernel; it holds {len(found)}")
+    return found[0]
+
+
+def disassemble_all(cubins: list[bytes], arch: str) -> list[str]:
+    """What nvdisasm makes of the instructions of each: it takes a third of a second to start, whatever it is given."""
+    codes = [code_of(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
         file.flush()
-        return subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        machine = arch.upper().replace("_", "") + ("a" if int(arch[3:]) >= 90 else "")
+        command = [tool("nvdisasm"), "--binary", machine, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ends = list(itertools.accumulate(map(len, codes)))
+    pieces: list[list[str]] = [[] for _ in codes]
+    for line in text.splitlines():
+        found = _CUDA_LINE.search(line)
+        if found:
+            pieces[bisect.bisect_right(ends, int(found[1], 16))].append(line)
+    return ["\n".join(piece) for piece in pieces]
 
 
 def parse_cuda(text: str) -> Listing:
-    """The listing of an NVIDIA kernel, from its disassembly."""
+    """The listing of an NVIDIA kernel, from its disassembly, with labels or with addresses to jump to."""
     listing = Listing([], {})
+    at: dict[str, int] = {}  # address: instruction
     for line in text.splitlines():
         label = re.match(r"(\.L[\w.$]*):", line)
         if label:
             listing.labels[label[1]] = len(listing.instructions)
         found = _CUDA_LINE.search(line)
         if found:
-            target = _CUDA_TARGET.search(found[3]) if found[2].split(".")[0] in ("BRA", "BRX", "JMP", "CALL") else None
-            conditional = bool(found[1]) or "P" in found[3].split("`")[0]  # BRA.U UP0, `(.L_x_1)
-            conditional = conditional or found[2].startswith("CALL")  # which returns, as a rule
-            listing.instructions.append(Instruction(found[2], found[3], target and target[1], conditional))
+            address, guard, name, rest = found.groups()
+            base = name.split(".")[0]
+            target = _CUDA_TARGET.search(rest) if base in ("BRA", "BRX", "JMP", "CALL") else None
+            conditional = bool(guard) or "P" in rest.split("`")[0]  # BRA.U UP0, `(.L_x_1)
+            conditional = conditional or base == "CALL" or name == "BRA.DIV"  # CALL returns, as a rule
+            at[hex(int(address, 16))] = len(listing.instructions)
+            listing.instructions.append(Instruction(name, rest, target and (target[1] or target[2]), conditional))
+    targets = {i.target for i in listing.instructions}
+    listing.labels.update({address: place for address, place in at.items() if address in targets})
     return listing
 
 
@@ -236,11 +271,11 @@ class Report:
         return self.cycles["tensor"] / max(self.cycles.values())
 
 
-def listing_of(compiled: Any) -> Listing:
-    """The machine code of a Triton CompiledKernel."""
-    if "amdgcn" in compiled.asm:
-        return parse_amd(compiled.asm["amdgcn"])
-    return parse_cuda(disassemble(compiled.asm["cubin"]))
+def listings_of(kernels: list[Any], arch: str) -> list[Listing]:
+    """The machine code of Triton's CompiledKernels, all for one architecture."""
+    if arch.startswith("gfx"):
+        return [parse_amd(kernel.asm["amdgcn"]) for kernel in kernels]
+    return [parse_cuda(text) for text in disassemble_all([kernel.asm["cubin"] for kernel in kernels], arch)]
 
 
 def spills_of(listing: Listing) -> int:
@@ -290,11 +325,12 @@ def _hot_loop(listing: Listing, tensor: list[int]) -> frozenset[int]:
     return max(leaves, key=len, default=frozenset(range(len(listing.instructions))))
 
 
-def analyse(compiled: Any, arch: str, dim: int = 0, elements: float | None = None) -> Report:
+def analyse(compiled: Any, listing: Listing, arch: str, dim: int = 0, elements: float | None = None) -> Report:
     """Count the loop over codes of a compiled kernel; of one without a matrix product, its longest innermost loop.
 
     Args:
         compiled: Triton's CompiledKernel, of `ahead_of_time.compiled`.
+        listing: its machine code.
         arch: a key of `MACHINES`.
         dim: dimensions multiplied for an element: D rounded up to what the kernel pads it to.
         elements: (row, code) pairs of one iteration of the loop over codes: rows times codes of a tile. Where the
@@ -302,7 +338,7 @@ def analyse(compiled: Any, arch: str, dim: int = 0, elements: float | None = Non
             is counted as often as it runs, within the loop round it. By default what the innermost loop does; it must
             be given on sm_100, where SASS does not tell the shape of a tensor instruction.
     """
-    machine, listing, warps = MACHINES[arch], listing_of(compiled), compiled.metadata.num_warps
+    machine, warps = MACHINES[arch], compiled.metadata.num_warps
     tensor = [i for i, instruction in enumerate(listing.instructions) if TENSOR.match(instruction.name)]
     loop = _hot_loop(listing, tensor)
     weight = dict.fromkeys(loop, 1.0)

@@ -252,12 +252,13 @@ class SumTile(NamedTuple):
 
 
 def sum_tile(D: int, bytes_each: int) -> SumTile:
-    """Columns by D alone; four bytes a thread and row: with more, ptxas adds between loads, or spills.
+    """Columns by D alone, a warp or more; four bytes a thread and row: with more ptxas adds between loads, or spills.
 
+    No column has two threads, of which one could read a row that the other has overwritten with what is left of it.
     Shared memory: at most 4 KiB, a row of 512 float64 numbers that changes its layout.
     """
-    columns = min(triton.next_power_of_2(D), 512)
-    return SumTile(UNROLL, columns, max(1, min(8, columns * bytes_each // 128)))
+    columns = min(max(triton.next_power_of_2(D), 32), 512)
+    return SumTile(UNROLL, columns, max(1, min(8, columns * min(bytes_each, 4) // 128)))
 
 
 def rows_by_code(indices: Tensor, mask: Tensor | None, K: int, *, checked: bool) -> RowsByCode:

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 1024  # elements: 8 a thread, of which the float64 ones take 16 registers an operand
+_TILE = 1024  # elements: at most 8 a thread, of which the float64 ones take 16 registers an operand
 
 
 class Tile(NamedTuple):
-    """A program's share of a (rows, D) tensor, for four warps."""
+    """A program's share of a (rows, D) tensor, for four or eight warps."""
 
     rows: int
     columns: int

@@ -102,7 +102,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor
             STAGES=triton.next_power_of_2(stages),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
-            num_warps=4,
+            num_warps=8,  # with four some dtypes spill
         )
     launch(
         loss_kernel,

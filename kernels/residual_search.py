@@ -138,15 +138,16 @@ def stages_kernel(
 _WIDEST = 128  # padded dimensions of a residual that registers hold
 
 
-def stage_tiles(device: Device) -> Tiles:
-    """Tiles for all stages of a block of rows.
+def stage_tiles(device: Device, width: int) -> Tiles:
+    """Tiles for all stages of a block of rows: short groups where, beside 128 dimensions, registers run out.
 
     Shared memory: the rows as an operand and a pipeline of code tiles, at most
     2 * rows * width + stages * steps * columns * (2 * width + 4).
     """
     if device.backend == "interpreter":
         return Tiles(rows=16, columns=32, steps=2, warps=4, stages=1)
-    return Tiles(rows=64, columns=64, steps=2, warps=8, stages=2)
+    steps = 1 if device.arch.startswith("sm_8") and width > 64 else 2
+    return Tiles(rows=64, columns=64, steps=steps, warps=8, stages=2)
 
 
 def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.0) -> Tensor:
@@ -168,7 +169,7 @@ def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.
     if width > _WIDEST or work == torch.float64:
         return _stage_by_stage(x.to(work), codebooks, metric, indices, slack)
     device = device_of(x)
-    tiles = stage_tiles(device)
+    tiles = stage_tiles(device, width)
     packed = pack_codes(codebooks.view(-1, K, D), torch.float16, False, euclidean, width, tiles.columns, tiles.steps)
     queue = torch.empty((heads, N), dtype=torch.int64, device=x.device)
     queued = torch.zeros(heads, dtype=torch.int32, device=x.device)

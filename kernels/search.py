@@ -119,14 +119,16 @@ def list_groups(
     """Write the groups whose minimum is at most the bound: NONE fills up, WHOLE in the first place means too many."""
     group, count, whole = groups_within(best, second, bound, first_segment, BITS)
     last = tl.min(group, axis=1)
-    tl.store(listed_ptr + rows, tl.where(whole, WHOLE, tl.where(count > 0, last, NONE)), mask=alive)
+    target = listed_ptr + rows
+    tl.store(target, tl.where(whole, WHOLE, tl.where(count > 0, last, NONE)), mask=alive)
     more = tl.max(tl.where(alive, count, 0), axis=0) > 1
     for place in tl.static_range(1, LISTED):
         found = tl.full(last.shape, NONE, tl.int32)
         if more:
             last = tl.min(tl.where(group > last[:, None], group, NOBODY), axis=1)
             found = tl.where(count > place, last, NONE)
-        tl.store(listed_ptr + place * N + rows, found, mask=alive)
+        target += N  # not place * N, which may pass 2^31
+        tl.store(target, found, mask=alive)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -442,7 +444,7 @@ def ranked(score: tl.tensor, valid: tl.tensor, EUCLIDEAN: tl.constexpr) -> Any:
     return tl.where(valid & (tl.abs(score) >= 0), score, float("inf"))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "splits"])
 def rescore_kernel(
     x_ptr: tl.tensor,
     inner: tl.tensor,
@@ -611,18 +613,32 @@ class Tiles(NamedTuple):
     stages: int  # of the pipeline that loads codes
 
 
-_ROUNDED_FROM = 128  # at this padded width and above, rows are rounded by a kernel of their own: registers run out
 _RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
 _GATHERED = 512
 _ROUNDED = 16  # rows of a program that rounds them
-_WHOLE = 4  # rows of a program that scores them whole: with more some dtypes spill
+_WHOLE = 4  # rows of a program that scores them whole, 32 codes at a time: with more of either some dtypes spill
 _ROWS_STAY = ("sm_90", "sm_100", "sm_103")
-_CHUNK = 128  # dimensions of one product where the width is more than 256
 
 
 def width_of(D: int) -> int:
-    """D as the screen pads it: to a power of two from 16 to 256, past that to whole chunks."""
-    return max(16, 1 << (D - 1).bit_length()) if D <= 256 else -(-D // _CHUNK) * _CHUNK
+    """D as the screen pads it: to a power of two from 16 to 256, past that to whole chunks of 128."""
+    return max(16, 1 << (D - 1).bit_length()) if D <= 256 else -(-D // 128) * 128
+
+
+def chunk_for(device: Device, width: int) -> int:
+    """Dimensions of one product: all up to 256, past that a part."""
+    if width <= 256:
+        return width
+    return 64 if device.backend == "cuda" and device.shared_memory < 128_000 else 128
+
+
+def rounded_before(device: Device, width: int, dtype: torch.dtype, raw: bool) -> bool:
+    """Whether a kernel of its own rounds the rows: where the screen, on rows off every boundary, lacks registers."""
+    if raw or width >= 128:
+        return width >= 128
+    if device.arch.startswith("sm_12"):
+        return width >= 32
+    return width >= 64 and (device.arch.startswith("sm_10") or dtype == torch.float64)
 
 
 def shared_memory(device: Device, tiles: Tiles, width: int) -> int:
@@ -630,11 +646,11 @@ def shared_memory(device: Device, tiles: Tiles, width: int) -> int:
 
     A pipeline of code tiles, 2 bytes an element and 4 a bias: stages * steps * columns * (2 * width + 4), one stage
     fewer on AMD, and the rows, 2 * rows * width: beside the pipeline where the matrix unit reads both from shared
-    memory (sm_90, sm_100), else before it. Past a width of 256 both are read in chunks of 128: stages * 2 * 128 *
+    memory (sm_90, sm_100), else before it. Past a width of 256 both are read in chunks: stages * 2 * chunk *
     (rows + columns).
     """
     if width > 256:
-        return tiles.stages * 2 * _CHUNK * (tiles.rows + tiles.columns)
+        return tiles.stages * 2 * chunk_for(device, width) * (tiles.rows + tiles.columns)
     rows = 2 * tiles.rows * width
     buffers = tiles.stages - 1 if device.backend == "hip" else tiles.stages
     pipeline = buffers * tiles.steps * tiles.columns * (2 * width + 4)
@@ -651,8 +667,7 @@ def tiles_for(device: Device, K: int, width: int) -> Tiles:
     if device.backend == "interpreter":
         return Tiles(rows=32, columns=32, steps=2, warps=4, stages=1)
     if device.shared_memory < 128_000 and width > 128:
-        spills = device.backend == "cuda" and width > 256
-        return Tiles(rows=32 if spills else 64, columns=32, steps=2, warps=4, stages=2)
+        return Tiles(rows=64, columns=32, steps=2, warps=8 if device.backend == "cuda" and width > 256 else 4, stages=2)
     tiles = Tiles(rows=128, columns=64, steps=2, warps=8, stages=2)
     if width > 256:
         return tiles._replace(columns=32)  # with 64 some dtypes spill
@@ -765,7 +780,7 @@ def score_whole(
         DOUBLE=torch.float64 in (rows.tensor.dtype, codebooks.dtype),
         DISTANCES=distances is not None,
         ROWS=_WHOLE,
-        COLUMNS=64,
+        COLUMNS=32,
         num_warps=4,
         num_stages=1,
     )
@@ -777,7 +792,6 @@ def screen(
     """The groups that may hold each row's winner, and an empty queue."""
     heads, N, D = rows.heads, rows.length, rows.dim
     dtype, raw = operand_type(rows.tensor, codebook)
-    chunk = width if width <= 256 else _CHUNK
     packed = pack_codes(codebook.view(heads, -1, D), dtype, raw, euclidean, width, tiles.columns, tiles.steps)
     segments = packed.segments
 
@@ -785,7 +799,7 @@ def screen(
         return torch.empty(shape, dtype=dtype, device=codebook.device)
 
     where = (rows.tensor, rows.inner, *rows.strides)
-    by_kernel = width >= _ROUNDED_FROM
+    by_kernel = rounded_before(device, width, rows.tensor.dtype, raw)
     rounded_rows = empty(heads, N, width, dtype=dtype) if by_kernel else packed.codes
     figures = empty(heads, N, 3) if by_kernel else packed.frame
     if by_kernel:
@@ -804,7 +818,6 @@ def screen(
     blocks = triton.cdiv(N, tiles.rows)
     splits = splits_for(device, blocks * heads, segments)
     splits = triton.cdiv(segments, triton.cdiv(segments, splits))
-    share = triton.cdiv(segments, splits)
     listed = empty(heads, splits, LISTED.value, N, dtype=torch.int32)
     queued = empty(heads, dtype=torch.int32)
     queue = empty(heads, N, dtype=torch.int64)
@@ -815,14 +828,14 @@ def screen(
         *[listed, queued, N, segments, packed.parts],
         D=D,
         WIDTH=width,
-        CHUNK=chunk,
+        CHUNK=chunk_for(device, width),
         ROUNDED=by_kernel,
         RAW=raw,
         EUCLIDEAN=euclidean,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         STEPS=tiles.steps,
-        BITS=(share - 1).bit_length(),
+        BITS=(segments - 1).bit_length(),  # by K alone: N must not choose what is compiled
         PARTS=triton.next_power_of_2(packed.parts),
         SLACK=slack,
         STAGES=tiles.stages,

@@ -15,7 +15,7 @@ class Rows(NamedTuple):
     length: int  # rows a head
     dim: int
     inner: int  # 1 where one stride will do, which a kernel is compiled for: no division is left
-    strides: tuple[int, int, int, int]  # of head, n // inner, n % inner, and the element
+    strides: tuple[int, int, int, int]  # of head (0 for one), n // inner, n % inner, and the element
 
 
 def _merge(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -40,7 +40,7 @@ def rows_of(x: Tensor, per_head: bool) -> Rows:
         x = x.contiguous()
         walk = _merge(tuple(x.shape[lead:-1]), x.stride()[lead:-1])
     (_, outer), (inner, step) = [*walk, *[(1, 0)] * (2 - len(walk))]
-    strides = (x.stride(0) if per_head else 0, outer, step, x.stride(-1))
+    strides = (x.stride(0) if per_head and x.shape[0] > 1 else 0, outer, step, x.stride(-1))
     return Rows(x, x.shape[0] if per_head else 1, x.shape[lead:-1].numel(), x.shape[-1], max(inner, 1), strides)
 
 

@@ -23,9 +23,20 @@ def found(arch, dtype, rows, columns, dim):
     """The faults of a product of that size by one warp group."""
     x, y = (torch.empty(1 << 16, dtype=dtype, device="meta") for _ in range(2))
     out = torch.empty(1 << 16, device="meta")
-    return faults(
-        specialise(arch, product_kernel, x, y, out, ROWS=rows, COLUMNS=columns, DIM=dim, num_warps=4, num_stages=1)
-    )
+    options = {"ROWS": rows, "COLUMNS": columns, "DIM": dim, "num_warps": 4, "num_stages": 1}
+    return faults([specialise(arch, product_kernel, x, y, out, **options)])[0]
+
+
+@triton.jit
+def atomic_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.atomic_add(out + at % 2, tl.load(x + at))
+
+
+def found_in_atomics(arch, dtype):
+    """The faults of sums whose order is left to chance."""
+    x, out = (torch.empty(64, dtype=dtype, device="meta") for _ in range(2))
+    return faults([specialise(arch, atomic_kernel, x, out, BLOCK=64, num_warps=1)])[0]
 
 
 CASES = {
@@ -38,4 +49,7 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps({name: found(*case) for name, case in CASES.items()}))
+    results = {name: found(*case) for name, case in CASES.items()}
+    results["atomics"] = [found_in_atomics(arch, torch.float32) for arch in ("sm_90", "gfx942")]
+    results["atomics of integers"] = [found_in_atomics(arch, torch.int32) for arch in ("sm_90", "gfx942")]
+    print(json.dumps(results))

@@ -46,7 +46,14 @@ def test_a_dry_run_does_every_step(tmp_path):
     results = {name: step["result"] for name, step in report["steps"].items()}
     timed = results["search"]
     assert {row["contender"] for row in timed} >= {"fastvq triton", "naive cdist", "torch.compile of naive matmul"}
-    assert all(row["ms"] > 0 and row["of_matrix_rate"] > 0 for row in timed), timed
+    flash = [row for row in timed if row["contender"] == "flash-kmeans"]
+    assert flash, "flash-kmeans is installed for the tests"
+    assert all("must be on CUDA" in row["why"] for row in flash)
+    assert all(row["ms"] > 0 and row["of_matrix_rate"] > 0 for row in timed if row not in flash), timed
+    assert results["compile ahead"]["launches"] > 3
+    assert results["compile ahead"]["errors"] == []
+    assert all(row["us"] for row in results["kernels"])
+    assert all(row["usual_ms"] > 0 and len(row["ms"]) == 2 for row in results["tiles"]), results["tiles"]
     assert " passed" in results["tests"]["summary"]
     assert all(row["ms"] > 0 for name in ("training step", "residual quantiser") for row in results[name])
     page = (tmp_path / "dry.md").read_text()

@@ -34,10 +34,9 @@ NESTED = """
 
 
 def kernel(monkeypatch, text, warps=4, shared=1024, registers=64):
-    """What `analyse` needs of a compiled kernel."""
-    monkeypatch.setattr(sass, "listing_of", lambda compiled: sass.parse_cuda(text))
+    """What `analyse` needs of a compiled kernel, and its listing."""
     monkeypatch.setattr(sass, "registers_of", lambda compiled: registers)
-    return SimpleNamespace(asm={}, metadata=SimpleNamespace(num_warps=warps, shared=shared))
+    return SimpleNamespace(asm={}, metadata=SimpleNamespace(num_warps=warps, shared=shared)), sass.parse_cuda(text)
 
 
 def test_loops_are_found_by_their_jumps_back():
@@ -51,13 +50,29 @@ def test_loops_are_found_by_their_jumps_back():
     assert sass.tensor_instructions(listing) == {"HMMA"}
 
 
+def test_jumps_to_addresses_are_jumps_to_labels():
+    """nvdisasm gives no labels where it is given instructions alone, and one address for all kernels of a batch."""
+    places = {}
+    lines = []
+    for line in NESTED.splitlines():
+        if line.startswith("."):
+            places[line.rstrip(":")] = len(lines) * 16
+        elif line:
+            lines.append(line)
+    text = "\n".join(f"        /*{0x5000 + 16 * i:04x}*/" + line.split("*/")[1] for i, line in enumerate(lines))
+    for label, place in places.items():
+        text = text.replace(f"`({label})", hex(0x5000 + place))
+    assert sass.parse_cuda(text).loops == sass.parse_cuda(NESTED).loops
+    assert "`" not in text
+
+
 def test_the_loop_over_d_counts_as_often_as_it_runs(monkeypatch):
     compiled = kernel(monkeypatch, NESTED)
     # Two m16n8k16 products in each of four warps: 1024 multiply-adds an instruction, of 64 dimensions.
-    innermost = sass.analyse(compiled, "sm_80", 64)
+    innermost = sass.analyse(*compiled, "sm_80", 64)
     assert innermost.elements == 2 * 2048 * 4 / 64
     assert innermost.alu == 0
-    four_runs = sass.analyse(compiled, "sm_80", 64, elements=4 * innermost.elements)
+    four_runs = sass.analyse(*compiled, "sm_80", 64, elements=4 * innermost.elements)
     assert four_runs.mix["HMMA"] == 8
     assert four_runs.mix["FMNMX"] == 2
     assert four_runs.shuffles == 1
@@ -66,15 +81,15 @@ def test_the_loop_over_d_counts_as_often_as_it_runs(monkeypatch):
     assert four_runs.cycles["memory"] == 4 * 16 + 4
     assert four_runs.bound == "memory"
     assert four_runs.tensor_fraction == 64 / 68
-    half = sass.analyse(compiled, "sm_80", 64, elements=innermost.elements / 2)
+    half = sass.analyse(*compiled, "sm_80", 64, elements=innermost.elements / 2)
     assert half.mix["HMMA"] == 1
 
 
 def test_what_the_code_cannot_tell_must_be_given(monkeypatch):
     compiled = kernel(monkeypatch, NESTED.replace("HMMA.16816.F32.BF16", "UTCHMMA"))
     with pytest.raises(ValueError, match="elements must be given"):
-        sass.analyse(compiled, "sm_100", 64)
-    assert sass.analyse(compiled, "sm_100", 64, elements=8192).cycles["tensor"] == 8192 * 64 / 4 / 1024
+        sass.analyse(*compiled, "sm_100", 64)
+    assert sass.analyse(*compiled, "sm_100", 64, elements=8192).cycles["tensor"] == 8192 * 64 / 4 / 1024
 
 
 def test_occupancy_is_the_scarcest_of_registers_shared_memory_warps_and_blocks():

@@ -41,9 +41,39 @@ def test_shapes(k, d):
     check(state(k, d))
 
 
-def test_the_total_of_more_blocks_than_a_tile(monkeypatch):
+@pytest.mark.parametrize("alone", [0, 4096])
+def test_the_total_of_more_blocks_than_a_tile(alone, monkeypatch):
+    monkeypatch.setattr(kernels, "_ALONE", alone)
     monkeypatch.setattr(kernels, "_BLOCK", 4)
     check(state(70, 3))
+
+
+def by_pairs(values):
+    """The sums of values (..., n) over n, a power of two: of neighbours, of neighbouring pairs, and so on."""
+    while values.shape[-1] > 1:
+        values = values[..., ::2] + values[..., 1::2]
+    return values
+
+
+@pytest.mark.parametrize(("k", "heads"), [(1, ()), (1500, (2,)), (3000, ())])
+def test_one_kernel_or_two_add_in_the_order_that_is_written_down(k, heads, monkeypatch):
+    """Sizes of all magnitudes, so that any other order gives other bits; and no program may see what another wrote."""
+    tensors = state(k, 3, torch.float64, heads)
+    for i in (1, 3):
+        tensors[i] = 10 ** (8 * torch.rand(*heads, k, dtype=torch.float64) - 4)
+    size = 0.9 * tensors[1] + (1 - 0.9) * tensors[3]
+    average = 0.9 * tensors[2] + (1 - 0.9) * tensors[4]
+    blocks = torch.nn.functional.pad(size, (0, -k % kernels._BLOCK)).unflatten(-1, (-1, kernels._BLOCK))
+    totals = by_pairs(blocks).squeeze(-1)
+    total = by_pairs(torch.nn.functional.pad(totals, (0, kernels._BLOCK - totals.shape[-1])))
+    smoothed = (size + 1e-5) / (total + k * 1e-5) * total
+    for alone in (0, kernels._ALONE):
+        monkeypatch.setattr(kernels, "_ALONE", alone)
+        mine = [guarded(t) for t in tensors]
+        with GuardedAllocations():
+            triton.ema_update_(*mine, 0.9, 1e-5)
+        for found, right in zip(mine, (average / smoothed.unsqueeze(-1), size, average), strict=False):
+            assert_same_bits(found, right, f"one kernel up to {alone}")
 
 
 @pytest.mark.parametrize(("decay", "eps"), [(0.0, 0.0), (1.0, 0.1), (0.5, 5e-324)])

@@ -100,6 +100,7 @@ def test_heads_strides_and_dot_products():
     x, codebooks = stages_of("gaussian", "float32", 24, 40, 6, 4)
     image = x.reshape(2, 3, 4, 6).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     check(image, codebooks, "dot")
+    check(image, codebooks, "cosine")
     check(image, codebooks.reshape(2, 2, 40, 6))
     check(image, codebooks[::2].transpose(1, 2).contiguous().transpose(1, 2))
 

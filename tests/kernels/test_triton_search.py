@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import assert_same_bits, assert_same_indices
 from families import DTYPES, FAMILIES, make
+from fastvq.kernels import codes
 from fastvq.kernels import search as kernels
 from fastvq.kernels.codes import pack_codes
 from fastvq.kernels.launch import DEVICES, device_of
@@ -12,7 +13,7 @@ from guard import GuardedAllocations, guarded, on_device
 
 from fastvq.backends import reference, triton
 
-METRICS = ("euclidean", "dot")
+METRICS = ("euclidean", "dot", "cosine")
 
 
 def check(x, codebook, metric="euclidean", what="", guard="end"):
@@ -54,10 +55,11 @@ def test_families(family, dtype):
         *[(d, "bfloat16") for d in (1, 33, 200, 300)],
         *[(d, "float64") for d in (5, 64, 257)],
         *[(1023, dtype) for dtype in ("float32", "float16")],
+        (1100, "bfloat16"),
     ],
 )
 def test_dimensions(d, dtype):
-    check(*make("gaussian", 9 if d > 256 else 33, 65, d, dtype, d), METRICS[d % 2])
+    check(*make("gaussian", 9 if d > 256 else 33, 65, d, dtype, d), METRICS[d % 3])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 64, 65, 127, 128, 1000, 4099])
@@ -77,7 +79,19 @@ def test_large_codebook_in_many_segments():
     check(x, codebook)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+def test_a_million_codes(monkeypatch):
+    """2^20 codes, in tiles that the interpreter gets through; some stand in the codebook twice, far apart."""
+    monkeypatch.setattr(codes, "_BLOCK", 4096)
+    monkeypatch.setattr(kernels, "tiles_for", lambda *rest: kernels.Tiles(16, 2048, 2, 4, 1))
+    x, codebook = make("gaussian", 6, 1 << 20, 8)
+    codebook[-1] = codebook[77]
+    codebook[-2] = codebook[(1 << 19) + 1]
+    for row, code in enumerate((-1, -2, -3, 0, 1 << 19)):
+        x[row] = codebook[code] * 1.001
+    check(x, codebook)
+
+
+@pytest.mark.parametrize("metric", METRICS[:2])  # cosine differs from dot in nothing
 def test_lengths_whose_squares_underflow(metric):
     """A norm that underflows to zero must not make the bound zero: rows or codes of 1e-25 beside others of 100."""
     for small in (1e-20, 1e-25):
@@ -85,8 +99,8 @@ def test_lengths_whose_squares_underflow(metric):
         codebook[1::2] = codebook[::2] * (1 + 0.01 * torch.randn(64, 1)).to(codebook.dtype)
         check(x * small, codebook * 100, metric)
         check(x * 100, codebook * small, metric)
-        codes, longest = codebook * small, (codebook * small).double().norm(dim=1).max()
-        packed = pack_codes(*on_device(codes[None]), torch.bfloat16, True, metric == "euclidean", 32, 32, 2)
+        short, longest = codebook * small, (codebook * small).double().norm(dim=1).max()
+        packed = pack_codes(*on_device(short[None]), torch.bfloat16, True, metric == "euclidean", 32, 32, 2)
         assert packed.bounds[..., 0].max() >= longest
 
 

@@ -93,7 +93,7 @@ def test_strided_inputs(view):
     check(x[:2], torch._neg_view(torch.randn(2, 8, d)[:, ::2]))
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "dot"])
+@pytest.mark.parametrize("metric", ["euclidean", "dot", "cosine"])
 def test_the_whole_operator(metric):
     x, codebook, mask = *make("gaussian", 9, 17, 5, heads=2), torch.rand(2, 9) < 0.6
     wanted = reference.vector_quantize(x, codebook, metric, 0.25, 0.7, mask)
