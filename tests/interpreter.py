@@ -136,6 +136,17 @@ def _cure_reductions():
     ReduceOps.apply_impl = apply_impl
 
 
+def _cure_scalars():
+    """Triton 3.6 makes a number of an array with one element by int(), which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *rest):
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
 def _silence_overflow():
     """Overflow and NaN are results, not faults; numpy would warn of them, and pytest make errors of the warnings."""
     call = GridExecutor.__call__
@@ -152,5 +163,5 @@ def cure():
     """Patch Triton's interpreter, once a process; the kernels in use must be its own."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "must be set before the kernels are imported"
     if not hasattr(InterpreterBuilder, "get_bf16"):
-        for remedy in (_cure_bfloat16, _cure_fma, _cure_reductions, _silence_overflow):
+        for remedy in (_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars, _silence_overflow):
             remedy()
