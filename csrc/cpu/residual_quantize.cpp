@@ -20,39 +20,51 @@ double distance(const RowKernel& kernel, const Working* residual, const Code* co
   return squared_distance(residual, 1, code, step, width);
 }
 
-// All stages of a block of rows while it is in cache. `losses` gets the sums of squared differences, a stage each.
+// How many tasks a thread takes through the stages together: a stage's codes come from afar once for all of them, while
+// their residuals, and the sums of their codes, stay in cache.
+std::int64_t tasks_together(std::int64_t rows, std::int64_t width, int threads) {
+  constexpr std::int64_t kMost = 4, kElements = 1 << 15;
+  const std::int64_t fitting = std::min(kMost, kElements / (width * kTaskRows));
+  return std::max<std::int64_t>(1, std::min(fitting, row_tasks(rows) / threads));
+}
+
+// All stages of some rows while they are in cache. `losses` gets the sums of squared differences, a stage each.
 template <class Working>
 void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* quantized, std::int64_t* indices,
                    std::vector<double>* losses, int threads) {
   const RowKernel& kernel = row_kernel();
   const std::int64_t stage_count = static_cast<std::int64_t>(stages.size()), width = x.width;
   std::vector<double> partial(row_tasks(x.count) * stage_count, 0.0);
-  parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+  const std::int64_t together = tasks_together(x.count, width, threads), most_rows = together * kTaskRows;
+  parallel((row_tasks(x.count) + together - 1) / together, threads, [&](Tasks& tasks) {
     BlockSearch<Working> search(kernel, width, stages[0].view.groups, threads);
-    std::vector<Working> residuals(width * kernel.lanes), sums(width * kernel.lanes);
-    const Rows residual_rows = dense_rows(residuals.data(), kernel.lanes, width);
+    Buffer<Working> residuals(width * most_rows), sums(width * most_rows);
+    const Rows residual_rows = dense_rows(residuals.get(), most_rows, width);
     RowBlocks<Working> blocks(kernel, residual_rows);
     Nearest nearest;
-    for (std::int64_t task; tasks.next(&task);) {
-      for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
-        dispatch(x.dtype, [&](auto* type) {
-          using X = std::remove_pointer_t<decltype(type)>;
-          for (int l = 0; l < count; ++l) {
-            const X* row = x.row<X>(first + l);
-            for (std::int64_t d = 0; d < width; ++d)
-              residuals[l * width + d] = static_cast<Working>(widen(row[d * x.step]));
-          }
-        });
-        for (std::int64_t q = 0; q < stage_count; ++q) {
-          const Rows& codes = stages[q].rows;
-          search.nearest(stages[q], blocks.load(0, count), count, true, false, &nearest);
+    for (std::int64_t share; tasks.next(&share);) {
+      const std::int64_t begin = share * most_rows, rows = std::min(most_rows, x.count - begin);
+      dispatch(x.dtype, [&](auto* type) {
+        using X = std::remove_pointer_t<decltype(type)>;
+        for (std::int64_t n = 0; n < rows; ++n) {
+          const X* row = x.row<X>(begin + n);
+          for (std::int64_t d = 0; d < width; ++d)
+            residuals[n * width + d] = static_cast<Working>(widen(row[d * x.step]));
+        }
+      });
+      for (std::int64_t q = 0; q < stage_count; ++q) {
+        const Rows& codes = stages[q].rows;
+        for (std::int64_t first = 0; first < rows; first += kernel.lanes) {
+          const int count = static_cast<int>(std::min<std::int64_t>(kernel.lanes, rows - first));
+          search.nearest(stages[q], blocks.load(first, count), count, true, false, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);
-              Working* residual = residuals.data() + l * width;
-              Working* sum = sums.data() + l * width;
-              indices[(first + l) * stage_count + q] = nearest.index[l];
-              partial[task * stage_count + q] += distance(kernel, residual, code, codes.step, width);
+              const std::int64_t n = begin + first + l;
+              Working* residual = residuals.get() + (first + l) * width;
+              Working* sum = sums.get() + (first + l) * width;
+              indices[n * stage_count + q] = nearest.index[l];
+              partial[n / kTaskRows * stage_count + q] += distance(kernel, residual, code, codes.step, width);
               const auto subtract = [&](std::int64_t step) {
                 for (std::int64_t d = 0; d < width; ++d) {
                   const Working c = static_cast<Working>(widen(code[d * step]));
@@ -68,11 +80,11 @@ void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* 
             }
           });
         }
-        dispatch(x.dtype, [&](auto* type) {
-          using X = std::remove_pointer_t<decltype(type)>;
-          X* out = static_cast<X*>(quantized) + first * width;
-          for (std::int64_t i = 0; i < count * width; ++i) out[i] = narrow<X>(sums[i]);
-        });
+      }
+      dispatch(x.dtype, [&](auto* type) {
+        using X = std::remove_pointer_t<decltype(type)>;
+        X* out = static_cast<X*>(quantized) + begin * width;
+        for (std::int64_t i = 0; i < rows * width; ++i) out[i] = narrow<X>(sums[i]);
       });
     }
   });
