@@ -1,6 +1,6 @@
 """`python -m benchmarks.search_ways`: measure which way a CPU search is fastest by the shape of the codebook.
 
-Writes benchmarks/results/search_ways.csv and, from it, csrc/cpu/search_way_table.h; two minutes on a quiet machine.
+Writes benchmarks/results/search_ways.csv and, from it, csrc/cpu/search_way_table.h; half a minute on a quiet machine.
 """
 
 from __future__ import annotations
