@@ -243,9 +243,12 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
   std::vector<CodeExtremes> extremes(tasks_of(groups));
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
     const float* group = view_.screen + g * width * kGroup;
-    const Buffer<float> transformed(width * kGroup);
-    if (view_.int8_block > 1) kernel.transform(group, width, view_.int8_block, transformed.get());
-    kernel.quantise(view_.int8_block > 1 ? transformed.get() : group, view_.bias + g * kGroup, width, scale,
+    Buffer<float> transformed;
+    if (view_.int8_block > 1) {
+      transformed = Buffer<float>(width * kGroup);
+      kernel.transform(group, width, view_.int8_block, transformed.get());
+    }
+    kernel.quantise(transformed ? transformed.get() : group, view_.bias + g * kGroup, width, scale,
                     int8_codes_.get() + g * quads * 4 * kGroup, int8_start_.get() + g * kGroup,
                     int8_whole_start_.get() + g * kGroup, int8_bias_.get() + g * kGroup, &extremes[task]);
     if (!rows_) return;

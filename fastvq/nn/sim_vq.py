@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastvq import functional
 from fastvq.nn import checks
@@ -18,30 +17,6 @@ from fastvq.nn.rotation import rotate_gradient
 
 def _identity(codes: Tensor) -> Tensor:
     return codes
-
-
-class _TeachLinear(torch.autograd.Function):
-    """The codebook loss, whose gradient reaches the weight by N rows, where autograd would take all K codes."""
-
-    @staticmethod
-    def forward(
-        loss: Tensor, weight: Tensor, rows: Tensor, codebook: Tensor, frozen: Tensor, indices: Tensor, scale: float
-    ) -> Tensor:
-        return loss.view_as(loss)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.scale = inputs[2:]
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, codebook, frozen, indices = ctx.saved_tensors
-        indices = indices.flatten()
-        pulls = codebook[indices] - rows.reshape(-1, rows.shape[-1])
-        taught = pulls.t() @ frozen[indices]
-        return grad, taught * (grad * (2 * ctx.scale / max(pulls.numel(), 1))), *[None] * 5
 
 
 class SimVQ(nn.Module):
@@ -109,22 +84,6 @@ class SimVQ(nn.Module):
         codes: Tensor = self.code_transform(self.frozen_codebook[indices])
         return codes
 
-    def _taught_by_rows(self, rows: Tensor) -> bool:
-        """Whether the gradient of the transform is that of a plain linear layer, and cheaper by rows than by codes."""
-        linear = self.code_transform
-        return (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()  # an export may leave the number of rows open
-            and type(linear) is nn.Linear
-            and linear.bias is None
-            and linear.weight.requires_grad
-            and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
-            and rows.dtype == linear.weight.dtype == self.frozen_codebook.dtype
-            and rows.dtype in (torch.float32, torch.float64)
-            and rows.numel() < self.codebook_size * self.dim
-            and not torch.is_autocast_enabled(rows.device.type)
-        )
-
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The output of `forward` from its indices (...): (..., dim), or (B, dim, ...) with channel_first."""
         checks.tensor("indices", indices)
@@ -146,18 +105,12 @@ class SimVQ(nn.Module):
             TypeError, ValueError: x is no tensor, or dim is not where it should be.
         """
         rows = channels_last("x", x, self.dim, self.channel_first)
-        by_rows = self._taught_by_rows(rows)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not by_rows):
-            codebook = self.codebook
         quantized, indices, loss = functional.vector_quantize(
             rows,
-            codebook,
+            self.codebook,
             commitment_weight=self.commitment_weight * self.input_to_quantize_commit_loss_weight,
             codebook_weight=self.commitment_weight,
         )
-        if by_rows:
-            weight, frozen = self.code_transform.weight, self.frozen_codebook
-            loss = _TeachLinear.apply(loss, weight, rows.detach(), codebook, frozen, indices, self.commitment_weight)
         if self.rotation_trick and rows.requires_grad:
             quantized = rotate_gradient(rows, quantized)
         return channels_back(quantized, self.channel_first), indices, loss

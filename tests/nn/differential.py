@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -210,3 +210,13 @@ SENTINELS = {
     "near ties": compare_near_ties,
     "ties": compare_ties,
 }
+
+
+def first_failure(sentinels: dict[str, Callable[[], None]]) -> str | None:
+    """The first sentinel that fails."""
+    for name, sentinel in sentinels.items():
+        try:
+            sentinel()
+        except AssertionError:
+            return name
+    return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from differential import SENTINELS
+from differential import SENTINELS, first_failure
 from torch import Tensor
 
 import fastvq
@@ -75,25 +75,15 @@ FAULTS: dict[str, Patch] = {
 KMEANS = codebook.kmeans
 
 
-def noticed() -> str | None:
-    """The first sentinel that fails."""
-    for name, sentinel in SENTINELS.items():
-        try:
-            sentinel()
-        except AssertionError:
-            return name
-    return None
-
-
 def test_without_a_fault_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor by the means by which faults are put in."""
-    assert noticed() is None
+    assert first_failure(SENTINELS) is None
     by(lambda x, codes, metric: fastvq.search(x, codes, metric=metric))(monkeypatch)
     moving()(monkeypatch)
-    assert noticed() is None
+    assert first_failure(SENTINELS) is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS[fault](monkeypatch)
-    assert noticed() is not None
+    assert first_failure(SENTINELS) is not None

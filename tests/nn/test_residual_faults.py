@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from differential import first_failure
 from test_residual_peer import LEARNABLE, MASK, OPTIONS, compare, twins
 from torch import Tensor
 
@@ -84,21 +85,11 @@ FAULTS: dict[str, Patch] = {
 }
 
 
-def noticed() -> str | None:
-    """The first sentinel that fails."""
-    for name, sentinel in SENTINELS.items():
-        try:
-            sentinel()
-        except AssertionError:
-            return name
-    return None
-
-
 def test_without_a_fault_nothing_fails() -> None:
-    assert noticed() is None
+    assert first_failure(SENTINELS) is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS[fault](monkeypatch)
-    assert noticed() is not None
+    assert first_failure(SENTINELS) is not None

@@ -255,37 +255,6 @@ def test_random_projections_are_the_paper_s() -> None:
     torch.testing.assert_close(layer(x, indices=targets), loss)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("rows", [0, 9, 40])
-def test_sim_vq_teaches_its_transform_by_rows_or_by_codes(rows: int) -> None:
-    """Few rows teach a plain layer without a gradient of all codes; one that does more goes by its codes: all agree."""
-    x, found = torch.randn(rows, 4), []
-    for change in (
-        lambda linear: None,
-        lambda linear: linear.register_forward_hook(lambda *_: None),
-        nn.utils.weight_norm,
-        nn.utils.parametrizations.weight_norm,
-        lambda linear: setattr(linear, "bias", nn.Parameter(torch.zeros(4))),
-    ):
-        torch.manual_seed(0)
-        layer = fastvq.SimVQ(dim=4, codebook_size=13, input_to_quantize_commit_loss_weight=0.3)
-        change(layer.code_transform)
-        leaf = x.clone().requires_grad_()
-        quantized, _, loss = layer(leaf)
-        (quantized.sum() + 2 * loss).backward()
-        weight = torch.zeros(4, 4)
-        for key, parameter in layer.named_parameters():
-            if key.endswith(("weight_v", "original1")):  # its part across the weight: the length is another parameter
-                weight = parameter.grad
-            elif key.endswith("weight"):
-                across = torch.nn.functional.normalize(parameter.detach(), dim=1)
-                weight = parameter.grad - (parameter.grad * across).sum(1, keepdim=True) * across
-        found.append((quantized.detach(), loss.detach(), leaf.grad, weight))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
-    assert rows == 0 or found[0][3].any()
-
-
 FSQ, LFQ = {"levels": [8, 5]}, {"dim": 4}
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("FSQ", {"levels": [8, 2]}, "levels must be at least 3, or preserve_symmetry; got [8, 2]"),
