@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-C_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/cuda/*.cu tests/cuda/shim/*)
+C_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/cuda/*.cu tests/cuda/shim/*.* tests/cuda/shim/*/*/*)
 SOURCES := $(wildcard csrc/*/* setup.py pyproject.toml constraints.txt tests/interop/no-deps.txt)
 
 .PHONY: demo test soak bench gpu-check lint format clean

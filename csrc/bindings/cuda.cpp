@@ -42,17 +42,17 @@ fastvq::Matrix matrix(const py::tuple& t) {
           t[3].cast<Index>(), t[4].cast<Index>()};
 }
 
-// (codes, order, starts, key_bytes, stride_codes, stride_order, stride_starts, N, K).
+// (keys, order, starts, stride_rows, stride_starts, N, K).
 fastvq::ByCode by_code(const py::tuple& t) {
-  return {pointer<void>(t[0].cast<Address>()),
-          pointer<Index>(t[1].cast<Address>()),
+  const Index K = t[6].cast<Index>();
+  return {pointer<std::uint32_t>(t[0].cast<Address>()),
+          pointer<std::uint32_t>(t[1].cast<Address>()),
           pointer<Index>(t[2].cast<Address>()),
-          t[3].cast<int>(),
+          t[3].cast<Index>(),
           t[4].cast<Index>(),
           t[5].cast<Index>(),
-          t[6].cast<Index>(),
-          t[7].cast<Index>(),
-          t[8].cast<Index>()};
+          K,
+          fastvq::code_bits(K)};
 }
 
 // (architecture such as 90, multiprocessors, bytes of shared memory that a block may ask for).
@@ -185,18 +185,24 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
           });
         });
 
-  m.def("sort_keys", [](Address indices, Address mask, Index heads, Index N, Index Q, Index K, int key_bytes,
-                        bool checked, Address keys, Address stream) {
-    run("code_sums", [&] {
-      fastvq::sort_keys(pointer<Index>(indices), pointer<std::uint8_t>(mask), heads, N, Q, K, key_bytes, checked,
-                        pointer<void>(keys), stream);
-    });
+  // Codebook gradients leave out an index past the codebook, code_sums traps.
+  m.def("sort_scratch", [](Index problems, Index N, Index K, bool checked, Address stream) {
+    std::size_t bytes = 0;
+    run(checked ? "code_sums" : "codebook gradient", [&] { bytes = fastvq::sort_scratch(problems, N, K, stream); });
+    return bytes;
   });
 
-  m.def("code_starts", [](const py::tuple& sorted, Index problems, Address starts, Address stream) {
-    const fastvq::ByCode order = by_code(sorted);
-    run("code_sums", [&] { fastvq::code_starts(order, problems, pointer<Index>(starts), stream); });
-  });
+  m.def("sort_rows",
+        [](Address indices, Address mask, Index heads, Index N, Index Q, Index K, bool checked, Address keys,
+           Address order, Address starts, Address scratch, std::size_t scratch_bytes, Address stream) {
+          int sorted = 0;
+          run(checked ? "code_sums" : "codebook gradient", [&] {
+            sorted = fastvq::sort_rows(pointer<Index>(indices), pointer<std::uint8_t>(mask), heads, N, Q, K, checked,
+                                       pointer<std::uint32_t>(keys), pointer<std::uint32_t>(order),
+                                       pointer<Index>(starts), pointer<void>(scratch), scratch_bytes, stream);
+          });
+          return sorted;
+        });
 
   m.def("sum_rows", [](const py::tuple& x, const py::tuple& sorted, Index heads, int D, Index size, Address counts,
                        Address sums, int out_type, Address chunks, Address stream) {

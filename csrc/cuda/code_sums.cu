@@ -1,4 +1,5 @@
-// How many rows chose each code, and their sum: rows sorted by code, then summed run by run, in a fixed order.
+// How many rows chose each code, and their sum: rows sorted by code (sort.cu), then summed run by run, in a fixed
+// order.
 //
 // A chunk is a run of at most `size` rows of one code, counted from the code's first. One team of threads adds a chunk
 // row after row; the sums of such chunks are added in the same way, and so on until the code is whole. So a sum depends
@@ -21,50 +22,6 @@ constexpr int kBlocks = 2;  // a multiprocessor, at least: left to itself ptxas 
 template <int V>
 constexpr int kRowsAhead = V == 1 ? 8 : 4;
 
-// ---- sorting ------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ std::int64_t load_key(const void* keys, int bytes, std::int64_t at) {
-  if (bytes == 1) return static_cast<const std::uint8_t*>(keys)[at];
-  if (bytes == 2) return static_cast<const std::uint16_t*>(keys)[at];
-  return static_cast<const std::uint32_t*>(keys)[at];
-}
-
-// Grid (row blocks, H * Q).
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    key_kernel(const std::int64_t* indices, const std::uint8_t* mask, void* keys, int bytes, std::int64_t N,
-               std::int64_t K, std::int64_t Q, bool checked) {
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (row >= N) return;
-  const std::int64_t problem = blockIdx.y, head = problem / Q;
-  const std::int64_t index = indices[(head * N + row) * Q + problem % Q];
-  if (checked && index >= K) __trap();
-  const bool keep = index >= 0 && index < K && (!mask || mask[head * N + row]);
-  const std::int64_t key = keep ? index : K, at = problem * N + row;
-  if (bytes == 1) {
-    static_cast<std::uint8_t*>(keys)[at] = static_cast<std::uint8_t>(key);
-  } else if (bytes == 2) {
-    static_cast<std::uint16_t*>(keys)[at] = static_cast<std::uint16_t>(key);
-  } else {
-    static_cast<std::uint32_t*>(keys)[at] = static_cast<std::uint32_t>(key);
-  }
-}
-
-// The first place of each code, by bisection. Grid (code blocks, problems).
-__global__ void __launch_bounds__(kThreads, kBlocks) starts_kernel(ByCode by_code, std::int64_t* starts) {
-  const std::int64_t code = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x, problem = blockIdx.y;
-  if (code > by_code.K) return;
-  std::int64_t low = 0, high = by_code.N;
-  while (low < high) {
-    const std::int64_t middle = (low + high) / 2;
-    if (load_key(by_code.codes, by_code.key_bytes, problem * by_code.stride_codes + middle) < code) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  starts[problem * (by_code.K + 1) + code] = low;
-}
-
 // ---- chunks -------------------------------------------------------------------------------------------------------
 
 // A team's chunk: places first .. last of the sorted rows, none where there is no such chunk.
@@ -73,6 +30,11 @@ struct Chunk {
   bool exists;
 };
 
+// The code at a place of the sorted rows, K for a row left out.
+__device__ __forceinline__ std::int64_t code_at(const ByCode& by_code, std::int64_t head, std::int64_t place) {
+  return by_code.keys[head * by_code.stride_rows + place] & ((std::int64_t{1} << by_code.code_bits) - 1);
+}
+
 __device__ __forceinline__ Chunk chunk_of(const ByCode& by_code, std::int64_t head, std::int64_t team,
                                           std::int64_t size) {
   Chunk c = {by_code.K, 0, 0, 0, false};
@@ -80,7 +42,7 @@ __device__ __forceinline__ Chunk chunk_of(const ByCode& by_code, std::int64_t he
   if (team < by_code.K) {
     c.code = team;
   } else if (window < by_code.N) {
-    c.code = load_key(by_code.codes, by_code.key_bytes, head * by_code.stride_codes + window);
+    c.code = code_at(by_code, head, window);
   }
   if (c.code >= by_code.K) return c;
   const std::int64_t* starts = by_code.starts + head * by_code.stride_starts + c.code;
@@ -137,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (place.column >= D) return;
   const Chunk c = chunk_of(by_code, head, place.team, size);
   const std::int64_t first = c.start + c.number * size, last = c.exists ? min(first + size, c.end) : first;
-  const std::int64_t* order = by_code.order + head * by_code.stride_order;
+  const std::uint32_t* order = by_code.order + head * by_code.stride_rows;
   const X* rows = static_cast<const X*>(x.data) + place.column;
   double total[V] = {};
   for (std::int64_t at = first; at < last; at += kUnroll) {
@@ -176,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (!c.exists) return;
   const std::int64_t first = c.start + c.number * size, last = min(first + size, c.end);
   const double scale = 2 * load(grad_loss, loss_type, 0) / elements(kept, all_rows, D);
-  const std::int64_t* order = by_code.order + head * by_code.stride_order;
+  const std::uint32_t* order = by_code.order + head * by_code.stride_rows;
   const X* rows = static_cast<const X*>(x.data) + place.column;
   const C* at_code = static_cast<const C*>(codes.data) + codes.offset(head, c.code) + place.column * codes.dim;
   const Vector<C, V> code = load_vector<C, V>(at_code);
@@ -262,18 +224,6 @@ std::int64_t slots_of(std::int64_t N, std::int64_t size) {
 }
 
 }  // namespace
-
-void sort_keys(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t heads, std::int64_t N,
-               std::int64_t Q, std::int64_t K, int key_bytes, bool checked, void* keys, std::uintptr_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div<std::int64_t>(N, kThreads)), static_cast<unsigned>(heads * Q));
-  launch(key_kernel, grid, kThreads, 0, stream_of(stream), indices, mask, keys, key_bytes, N, K, Q, checked);
-}
-
-void code_starts(const ByCode& by_code, std::int64_t problems, std::int64_t* starts, std::uintptr_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div<std::int64_t>(by_code.K + 1, kThreads)),
-                  static_cast<unsigned>(problems));
-  launch(starts_kernel, grid, kThreads, 0, stream_of(stream), by_code, starts);
-}
 
 void sum_rows(const Rows& x, const ByCode& by_code, std::int64_t heads, int D, std::int64_t size, void* counts,
               void* sums, Float type, double* chunks, std::uintptr_t stream) {

@@ -13,7 +13,9 @@ namespace fastvq {
 
 // Throws what CUDA says went wrong; the bindings add the operator's name.
 inline void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or CUB would come upon it, and complain, at the next call
+  throw std::runtime_error(cudaGetErrorString(status));
 }
 
 // Starts kernel(arguments...) on a stream of the current device; an empty grid starts nothing.

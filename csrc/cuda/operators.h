@@ -5,6 +5,7 @@
 // or nullptr; `kept` is how many rows of all heads a mask keeps, nullptr for all. What is named out is dense.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "tensor.h"
@@ -55,26 +56,34 @@ void small_differences(const Rows& x, const Rows& codes, const std::int64_t* ind
                        std::int64_t heads, std::int64_t K, int D, double factor, void* sums, std::int64_t stride_sums,
                        Float type, double* parts, void* rest, std::uintptr_t stream);
 
-// ---- sums by code: csrc/cuda/code_sums.cu explains chunks, levels and slots
-// --------------------------------------------
+// ---- rows sorted by code: csrc/cuda/sort.cu -----------------------------------------------------------------------
 
-// Rows sorted by code, in row order; P problems, one head each. Strides in elements; codes of `key_bytes`, unsigned.
+// The rows of each of P problems, sorted by code, in row order. P * N and every key are below 2^32.
 struct ByCode {
-  const void* codes;           // (P, N), ascending; K for rows left out
-  const std::int64_t* order;   // (P, N)
-  const std::int64_t* starts;  // (P, K + 1)
-  int key_bytes;
-  std::int64_t stride_codes, stride_order, stride_starts;
-  std::int64_t N, K;
+  const std::uint32_t* keys;   // (P, N), ascending: the problem's number above the bits of a code, K for rows left out
+  const std::uint32_t* order;  // (P, N), the row at each place
+  const std::int64_t* starts;  // (P, K + 1), the first place of each code
+  std::int64_t stride_rows, stride_starts, N, K;
+  int code_bits;
 };
 
-// Keys (H * Q, N) of `key_bytes` for indices (H, N, Q): the code, or K where the row is left out. With `checked` an
-// index past the codebook traps.
-void sort_keys(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t heads, std::int64_t N,
-               std::int64_t Q, std::int64_t K, int key_bytes, bool checked, void* keys, std::uintptr_t stream);
+// How many bits 0 .. K take.
+constexpr int code_bits(std::int64_t K) {
+  int bits = 1;
+  while (K >> bits) ++bits;
+  return bits;
+}
 
-// starts (P, K + 1) of sorted codes.
-void code_starts(const ByCode& by_code, std::int64_t problems, std::int64_t* starts, std::uintptr_t stream);
+// Bytes of scratch that sorting takes.
+std::size_t sort_scratch(std::int64_t problems, std::int64_t N, std::int64_t K, std::uintptr_t stream);
+
+// Sorts the rows of H * Q problems, indices (H, N, Q); with `checked` an index past the codebook traps. Keys and order
+// are (2, H * Q, N): which of the two has become what ByCode describes is returned, the other is scratch.
+int sort_rows(const std::int64_t* indices, const std::uint8_t* mask, std::int64_t heads, std::int64_t N, std::int64_t Q,
+              std::int64_t K, bool checked, std::uint32_t* keys, std::uint32_t* order, std::int64_t* starts,
+              void* scratch, std::size_t scratch_bytes, std::uintptr_t stream);
+
+// ---- sums by code: csrc/cuda/code_sums.cu explains chunks, levels and slots ----------------------------------------
 
 // Chunks of `size` rows: counts (H, K), sums (H, K, D) of codes of one chunk, and the chunks (H, 2 ceil(N / size), D)
 // of the others. Elements of a row of x lie together.

@@ -14,7 +14,6 @@ from fastvq.backends.reference import working_dtype
 from fastvq.backends.rows import Rows, gathered, rows_of
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_KEYS = ((torch.uint8, 1 << 8), (torch.int16, 1 << 15), (torch.int32, 1 << 31))  # a radix sort takes a pass a byte
 CHUNK = 256  # rows of a code that are added one after the other; then the sums of as many chunks
 
 _kernels: Any
@@ -57,14 +56,13 @@ def _stream(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
-def _call(function: Callable[..., None], t: Tensor, *arguments: Any) -> None:
+def _call(function: Callable[..., Any], t: Tensor, *arguments: Any) -> Any:
     """Call a kernel's host function on the device and stream of `t`."""
     if not t.is_cuda:
-        function(*arguments, _stream(t))
-        return
+        return function(*arguments, _stream(t))
     with torch.cuda.device_of(t):
         _kernels.set_device(t.device.index)  # the extension's runtime is not torch's, and has a current device too
-        function(*arguments, _stream(t))
+        return function(*arguments, _stream(t))
 
 
 def _address(t: Tensor | None) -> int:
@@ -217,8 +215,8 @@ def vector_quantize_backward(
 class _ByCode(NamedTuple):
     """The rows of each of P problems (a head, or a head and stage), sorted by code in row order."""
 
-    codes: Tensor  # (P, N), ascending; K for rows left out
-    order: Tensor  # (P, N) int64, the row at each place
+    keys: Tensor  # (P, N) uint32, ascending: the problem's number above the bits of a code, K for rows left out
+    order: Tensor  # (P, N) uint32, the row at each place
     starts: Tensor  # (P, K + 1) int64, the first place of each code
 
     def stage(self, q: int, stages: int) -> _ByCode:
@@ -227,8 +225,8 @@ class _ByCode(NamedTuple):
 
     def arguments(self) -> tuple[int, ...]:
         """As the bindings take it."""
-        addresses, strides = [t.data_ptr() for t in self], [t.stride(0) for t in self]
-        return *addresses, self.codes.element_size(), *strides, self.codes.shape[1], self.starts.shape[1] - 1
+        addresses = [t.data_ptr() for t in self]
+        return *addresses, self.keys.stride(0), self.starts.stride(0), self.keys.shape[1], self.starts.shape[1] - 1
 
 
 def _rows_by_code(indices: Tensor, mask: Tensor | None, K: int, *, checked: bool) -> _ByCode:
@@ -236,20 +234,27 @@ def _rows_by_code(indices: Tensor, mask: Tensor | None, K: int, *, checked: bool
 
     An index past the codebook is left out too, unless `checked`: then it ends the kernel, as an index out of range does
     in torch, since raising an exception here would take waiting for the device.
+
+    Raises:
+        ValueError: one sort cannot take them all: it numbers rows and problems and codes in 32 bits.
     """
     heads, N, Q = indices.shape
-    dtype = next(dtype for dtype, limit in _KEYS if limit > K)
-    keys = _empty((heads * Q, N), dtype, indices)
-    _call(
-        _kernels.sort_keys,
+    problems = heads * Q
+    if problems * N >= 1 << 32:
+        raise ValueError(f"indices must be fewer than 2^32 to be sorted by code; got {problems} x {N}")
+    if K.bit_length() + (problems - 1).bit_length() > 32:
+        raise ValueError(f"codes of all codebooks must be numbered by 32 bits to be sorted by; got {problems} x {K}")
+    keys, order = (_empty((2, problems, N), torch.uint32, indices) for _ in range(2))  # sorted to and fro
+    starts = _empty((problems, K + 1), torch.int64, indices)
+    scratch_bytes = _call(_kernels.sort_scratch, indices, problems, N, K, checked)
+    scratch = _empty(scratch_bytes, torch.uint8, indices)
+    at = _call(
+        _kernels.sort_rows,
         indices,
-        *[_address(indices), _address(mask), heads, N, Q, K, keys.element_size(), checked, _address(keys)],
+        *[_address(indices), _address(mask), heads, N, Q, K, checked, _address(keys), _address(order)],
+        *[_address(starts), _address(scratch), scratch_bytes],
     )
-    # CUB's radix sort, as torch has it: its scratch comes from torch's allocator, so a graph can capture it.
-    codes, order = keys.sort(dim=1, stable=True)
-    by_code = _ByCode(codes, order, _empty((heads * Q, K + 1), torch.int64, indices))
-    _call(_kernels.code_starts, indices, by_code.arguments(), heads * Q, _address(by_code.starts))
-    return by_code
+    return _ByCode(keys[at], order[at], starts)
 
 
 class _Chosen:
@@ -272,7 +277,7 @@ def _small_parts(rows: Rows, K: int) -> Tensor | None:
 
 def _add_up(by_code: _ByCode, sums: Tensor, factor: float, add_rows: Callable[[int, Tensor], None]) -> None:
     """Sums (H, K, D) = factor * the sum of each code: `add_rows` adds chunks of rows, this the chunks."""
-    heads, N = by_code.codes.shape
+    heads, N = by_code.keys.shape
     D = sums.shape[-1]
 
     def room(size: int) -> Tensor:
@@ -338,8 +343,7 @@ def code_sums(
     """Counts ([H,] K) and sums ([H,] K, D): float64 sums in row order, rounded once.
 
     Many rows are added in runs, in a fixed order: of 8192 rows where all sums fit shared memory, else of 256 rows of a
-    code. An index at or past `codebook_size` ends the kernel and is never written through. N is limited to 2^31 - 1 a
-    head by torch.sort.
+    code. An index at or past `codebook_size` ends the kernel and is never written through.
     """
     rows = rows_of(x, per_head)
     heads, N, D, K = rows.heads, rows.length, rows.dim, codebook_size

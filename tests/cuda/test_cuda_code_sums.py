@@ -122,13 +122,3 @@ def test_an_index_past_the_codebook_ends_the_kernel(kernels):
         kernels,
         "import torch; cuda.code_sums(torch.randn(6, 2), torch.tensor([0, 3, 2, 2**40, 1, 300]), 3, None, False)",
     )
-
-
-@pytest.mark.parametrize("k", [255, 256, 32767, 32768])
-def test_keys_are_as_narrow_as_the_codebook_allows(k):
-    indices = torch.tensor([[k - 1], [-1], [0], [k - 1]]).unsqueeze(0)
-    by_code = cuda._rows_by_code(indices, None, k, checked=True)
-    assert by_code.codes.tolist() == [[0, k - 1, k - 1, k]]
-    assert by_code.order.tolist() == [[2, 0, 3, 1]]
-    assert by_code.starts[0, [0, 1, k - 1, k]].tolist() == [0, 1, 1, 3]
-    assert by_code.codes.element_size() == {255: 1, 256: 2, 32767: 2, 32768: 4}[k]

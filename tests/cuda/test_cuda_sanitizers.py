@@ -44,7 +44,7 @@ def passes(sanitized, names, chosen):
 
 
 def test_operators_under_sanitizers(sanitized):
-    passes(sanitized, ("vector_quantize", "code_sums", "ema_update", "residual_quantize"), CHOSEN)
+    passes(sanitized, ("vector_quantize", "sort", "code_sums", "ema_update", "residual_quantize"), CHOSEN)
 
 
 def test_search_under_sanitizers(sanitized):

@@ -21,6 +21,7 @@ def test_no_kernel_spills_or_keeps_arrays_in_local_memory():
         by_arch.setdefault(arch, {})[name] = used
     assert set(by_arch) <= set(ARCHES)
     assert all(len(names) > 100 for names in by_arch.values()), {arch: len(names) for arch, names in by_arch.items()}
+    assert all(any("DeviceRadixSort" in name for name in names) for names in by_arch.values())
     assert [(arch, name, used) for (arch, name), used in kernels.items() if used.stack or used.local] == []
 
 

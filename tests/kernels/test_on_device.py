@@ -147,6 +147,24 @@ def test_a_training_step_in_a_graph_on_a_stream_of_its_own(name):
         assert_same_bits(found, wanted)
 
 
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU and the CUDA extension")
+@pytest.mark.parametrize(
+    ("heads", "n", "k"), [(1, 1000, 9), (1, 300_001, 255), (33, 20_000, 1024), (3, 70_000, 1 << 20)]
+)
+def test_rows_are_sorted_by_code(heads, n, k):
+    """A tile, one pass of CUB's radix sort, and three of several heads: torch's stable sort of each."""
+    indices, mask = torch.randint(-1, k, (heads, n, 1), device=DEVICE), torch.rand(heads, n, device=DEVICE) < 0.9
+    codes, order = torch.where(mask & (indices[..., 0] >= 0), indices[..., 0], k).sort(dim=1, stable=True)
+    with no_host_sync():
+        found = cuda._rows_by_code(indices, mask, k, checked=True)
+    above = torch.arange(heads, device=DEVICE).unsqueeze(1) << k.bit_length()
+    assert torch.equal(found.keys.long(), codes + above)
+    assert torch.equal(found.order.long(), order)
+    assert torch.equal(
+        found.starts, torch.searchsorted(codes, torch.arange(k + 1, device=DEVICE).expand(heads, -1).contiguous())
+    )
+
+
 @only_on_gpu
 def test_offsets_past_two_to_the_31(engine):
     """2^25 + 100 rows of 64 bfloat16 numbers: the last rows lie past 2^31 elements."""

@@ -92,6 +92,7 @@ constexpr std::size_t kMaxShared = 227 * 1024;
 
 unsigned lane();
 void* dynamic_shared();
+void check_stream(const char* what, cudaStream_t stream);
 cudaError_t allow_shared(const void* kernel, std::size_t bytes);
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
 

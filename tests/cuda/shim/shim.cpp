@@ -344,6 +344,10 @@ void* dynamic_shared() {
   return shared_memory;
 }
 
+void check_stream(const char* what, cudaStream_t stream) {
+  if (reinterpret_cast<std::uintptr_t>(stream) != only_stream) fail("%s on another stream than the call's", what);
+}
+
 cudaError_t allow_shared(const void* kernel, std::size_t bytes) {
   if (bytes > kMaxShared) return cudaErrorInvalidValue;
   allowed[kernel] = bytes;
@@ -360,8 +364,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
     return cudaErrorInvalidConfiguration;
   }
   if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
-  if (reinterpret_cast<std::uintptr_t>(config.stream) != only_stream)
-    fail("a launch on another stream than the call's");
+  check_stream("a launch", config.stream);
   if (!shared_region) make_shared_region();
 #if !defined(__SANITIZE_ADDRESS__)
   struct sigaction mine = {}, before;
