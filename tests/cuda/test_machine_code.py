@@ -1,4 +1,4 @@
-"""What nvcc made of the kernels, where it built them: nothing spills, on any architecture; 16 bytes move at a time."""
+"""What nvcc made, where it built: nothing spills, on any architecture; 16 bytes move at a time; no call waits."""
 
 import importlib.util
 import re
@@ -37,3 +37,16 @@ def test_rows_codes_and_results_move_16_bytes_at_a_time():
     for kind, (loads, stores) in wanted.items():
         assert parts[names[kind]].count("LDG.E.128") >= loads, kind
         assert parts[names[kind]].count("STG.E.128") >= stores, kind
+
+
+def test_no_call_allocates_copies_or_waits():
+    """So that a CUDA graph can capture it: what host code, ours and CUB's, calls of the runtime that is linked in."""
+    command = ["objdump", "-d", "--no-show-raw-insn", SPEC.origin]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    called = set()
+    for function in re.split(r"\n(?=[0-9a-f]+ <)", code):
+        if re.match(r"[0-9a-f]+ <_Z\w*(fastvq|cub)", function):
+            called |= set(re.findall(r"(?:call|jmp)\w* .*<(cuda[A-Z]\w*)>", function))
+    assert called >= {"cudaLaunchKernelExC", "cudaMemsetAsync", "cudaFuncSetAttribute"}
+    queries = r"cuda(Get|Peek|DeviceGet|FuncGet|Occupancy)\w*|cuda(SetDevice|FuncSetAttribute)"
+    assert [name for name in called if not re.fullmatch(rf"{queries}|cudaLaunchKernel\w*|cudaMemsetAsync", name)] == []
