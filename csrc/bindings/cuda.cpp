@@ -129,11 +129,11 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
   });
 
   m.def("search_stages",
-        [](const py::tuple& on, const py::tuple& x, Address codebooks, Index heads, int stages, Index K, int D,
-           bool euclidean, float slack, Address scratch, Address indices, Address stream) {
+        [](const py::tuple& on, const py::tuple& x, Address codebooks, int code_type, Index heads, int stages, Index K,
+           int D, bool euclidean, float slack, Address scratch, Address indices, Address stream) {
           const fastvq::Device of = device(on);
-          const fastvq::SearchProblem problem = {
-              rows(x), heads, K, D, pointer<void>(codebooks), fastvq::Float::float32, euclidean, slack};
+          const fastvq::SearchProblem problem = {rows(x),         heads,     K,    D, pointer<void>(codebooks),
+                                                 type(code_type), euclidean, slack};
           run("residual_quantize", [&] {
             const auto plan =
                 fastvq::plan_stages(of, problem.x.type, problem.code_type, heads, stages, problem.x.count, K, D);

@@ -31,6 +31,7 @@ SearchScratch lay_out(const SearchPlan& plan, std::int64_t books, std::int64_t h
   scratch.queue = static_cast<std::int64_t*>(part(screened ? heads * N * 8 : 0));
   scratch.part_scores = static_cast<double*>(part(parts * 8));
   scratch.part_indices = static_cast<int*>(part(parts * 4));
+  scratch.residuals = static_cast<double*>(part(plan.residuals * 8));
   *bytes = at;
   return scratch;
 }
@@ -52,6 +53,7 @@ int width_for(Operand operand, int D) {
 }
 
 constexpr int kSplitDims = 16;      // at most, of a split operand
+constexpr int kHeldDims = 64;       // of a row scored whole that no stage comes after: more blocks at a time
 constexpr int kMostDims = 1 << 16;  // beyond, the bound is of no use
 constexpr std::int64_t kMostCodes = std::int64_t{1} << 24;
 
@@ -98,6 +100,7 @@ SearchPlan plan_search(const Device& device, Float x, Float codes, std::int64_t 
                        int D) {
   SearchPlan plan = {};
   plan.splits = 1;
+  plan.held = kHeldDims;
   plan.source = Source::none;
   const bool same = x == codes && (x == Float::float16 || x == Float::bfloat16);
   if (x != Float::float64 && codes != Float::float64 && (same || codes == Float::float32) && D <= kMostDims &&
@@ -155,7 +158,7 @@ void search(const SearchProblem& p, const SearchPlan& plan, const Device& device
   std::size_t bytes;
   const SearchScratch scratch = lay_out(plan, p.heads, p.heads, p.x.count, scratch_memory, &bytes);
   if (plan.source == Source::none) {
-    return score_rest(p, 1, nullptr, nullptr, device.multiprocessors, indices, distances, stream);
+    return score_rest(p, plan, scratch, 1, device.multiprocessors, indices, distances, stream);
   }
   pack_codes(p, plan, scratch, stream);
   ScreenArguments a = arguments_of(p, plan, scratch, indices);
@@ -170,7 +173,7 @@ void search(const SearchProblem& p, const SearchPlan& plan, const Device& device
                                                             : start_bfloat_screen;
   start(plan, a, static_cast<unsigned>(p.heads), static_cast<unsigned>(device.multiprocessors), stream);
   if (plan.splits > 1) merge_splits(p, plan, scratch, indices, distances, stream);
-  score_rest(p, 1, scratch.figures, scratch.queue, device.multiprocessors, indices, distances, stream);
+  score_rest(p, plan, scratch, 1, device.multiprocessors, indices, distances, stream);
 }
 
 SearchPlan plan_stages(const Device& device, Float x, Float codes, std::int64_t heads, int stages, std::int64_t N,
@@ -178,8 +181,13 @@ SearchPlan plan_stages(const Device& device, Float x, Float codes, std::int64_t 
   SearchPlan plan = {};
   plan.splits = 1;
   plan.source = Source::none;
-  const int width = D <= 32 ? 32 : D <= 64 ? 64 : 128;
-  if (x == Float::float64 || codes != Float::float32 || D > width || K > kMostCodes) return plan;
+  plan.held = whole_bytes(D) <= device.shared_memory ? D : kHeldDims;
+  if (x == Float::float64 || codes != Float::float32 || D > kMostDims || K > kMostCodes) {
+    if (plan.held < D) plan.residuals = heads * N * D;
+    lay_out(plan, heads, heads, N, nullptr, &plan.scratch_bytes);
+    return plan;
+  }
+  const int width = D <= 256 ? width_for(Operand::rounded, D) : 512;
   plan.operand = Operand::rounded;
   plan.source = Source::staged;
   plan.width = plan.chunk = width;
@@ -191,7 +199,10 @@ SearchPlan plan_stages(const Device& device, Float x, Float codes, std::int64_t 
   plan.bits = bits_for(plan.tile_count * (plan.tiles.tile / (4 * plan.tiles.group)));
   // The pipeline, and of each row its lengths, its code and its residual.
   plan.shared_memory = plan.tiles.stages * static_cast<int>(plan.tile_bytes) + plan.rows * (12 + 4 * width);
-  if (plan.shared_memory > device.shared_memory) plan.source = Source::none;
+  if (D > width || plan.shared_memory > device.shared_memory) {
+    plan.source = Source::chunked;
+    return plan;
+  }
   lay_out(plan, heads * stages, heads, N, nullptr, &plan.scratch_bytes);
   return plan;
 }
@@ -204,10 +215,12 @@ void search_stages(const SearchProblem& p, const SearchPlan& plan, const Device&
   books.heads *= stages;
   std::size_t bytes;
   const SearchScratch scratch = lay_out(plan, books.heads, p.heads, p.x.count, scratch_memory, &bytes);
-  pack_codes(books, plan, scratch, stream);
-  const ScreenArguments a = arguments_of(p, plan, scratch, indices);
-  start_stages(plan, a, static_cast<unsigned>(p.heads), stages, stream);
-  score_rest(p, stages, scratch.figures, scratch.queue, device.multiprocessors, indices, nullptr, stream);
+  if (plan.source == Source::staged) {
+    pack_codes(books, plan, scratch, stream);
+    const ScreenArguments a = arguments_of(p, plan, scratch, indices);
+    start_stages(plan, a, static_cast<unsigned>(p.heads), stages, stream);
+  }
+  score_rest(p, plan, scratch, stages, device.multiprocessors, indices, nullptr, stream);
 }
 
 }  // namespace fastvq

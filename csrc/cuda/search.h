@@ -40,6 +40,8 @@ struct Tiles {
 // smallest scores, 2 m to 4 m the rest of a row. Shared memory: stages * tile * (2 width + 4) bytes and 8 a row.
 constexpr Tiles tiles_for(Operand operand, Source source, int width) {
   if (source == Source::chunked) return {16, 64, 2, 2, 8};
+  // The residual of 64 wide rows, 4 width bytes each, leaves room for two tiles of 16 KiB: 97 KiB at 256, 161 at 512.
+  if (source == Source::staged && width > 128) return {2048 / width, 8192 / width, 2, 1, 4};
   if (source == Source::staged) return {16, 64, 2, 2, 4};
   const int tile = operand == Operand::split ? 4096 / width : width <= 64 ? 128 : 64;
   const int warps = source == Source::resident ? 8 : width <= 64 ? 4 : 8;
@@ -55,12 +57,14 @@ struct SearchPlan {
   Tiles tiles;
   int rows;                 // of a block
   int shared_memory;        // bytes
+  int held;                 // dimensions of a row scored whole that shared memory holds at a time
   int splits;               // of the codes, among blocks
   int bits;                 // of a score that hold the number of a segment
   std::int64_t row_blocks;  // of a head
   std::int64_t tile_count;  // of a codebook
   std::int64_t share;       // tiles of a split
   std::size_t tile_bytes;   // of packed codes
+  std::int64_t residuals;   // float64 values of rows scored whole, all stages, that shared memory has no room for
   std::size_t scratch_bytes;
 };
 
@@ -83,9 +87,9 @@ SearchPlan plan_search(const Device& device, Float x, Float codes, std::int64_t 
 void search(const SearchProblem& problem, const SearchPlan& plan, const Device& device, void* scratch,
             std::int64_t* indices, void* distances, std::uintptr_t stream);
 
-// All stages of residual quantisers in one kernel: p.codebook is (H, Q, K, D) float32, indices are (H, N, Q). The
-// plan's source is `staged`, or `none` where that cannot be: float64, or more dimensions than shared memory has room
-// for.
+// All stages of residual quantisers in one kernel: p.codebook is (H, Q, K, D), float32 or float64, indices are
+// (H, N, Q). The plan's source is `staged`; `none` for float64; or `chunked`, which search_stages does not take: more
+// dimensions than registers and shared memory hold, to be searched stage by stage.
 SearchPlan plan_stages(const Device& device, Float x, Float codes, std::int64_t heads, int stages, std::int64_t N,
                        std::int64_t K, int D);
 void search_stages(const SearchProblem& p, const SearchPlan& plan, const Device& device, int stages, void* scratch,

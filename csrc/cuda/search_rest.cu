@@ -5,7 +5,8 @@
 namespace fastvq {
 namespace {
 
-constexpr int kRowsTogether = 8, kThreads = 256, kDims = 64;
+constexpr int kThreads = kWholeThreads, kRowsTogether = kWholeRows;
+static_assert(kThreads == 32 * kRowsTogether);  // a warp loads a row
 
 struct Winner {
   double score = HUGE_VAL;
@@ -20,14 +21,25 @@ struct Winner {
   }
 };
 
-// Rows of a queue, or all, kRowsTogether at a time, through all stages. Grid (blocks, heads).
+// What a code leaves of a value, rounded once: in float64 where codes are, else in float32.
+template <class Code>
+__device__ __forceinline__ double left_by(Code code, double value) {
+  if constexpr (std::is_same_v<Code, double>) {
+    return __dsub_rn(value, code);
+  } else {
+    return __fsub_rn(static_cast<float>(value), to_float(code));
+  }
+}
+
+// Rows of a queue, or all, kRowsTogether at a time, through all stages, `held` dimensions at a time. The residual stays
+// in shared memory where that holds all of them, else in `residuals`. Grid (blocks, heads).
 template <class Code>
 __global__ void __launch_bounds__(kThreads, 2)
     whole_kernel(const Rows x, const Code* codebooks, const CodebookFigures* figures, const std::int64_t* queue,
-                 std::int64_t* indices, void* distances, int stages, std::int64_t K, int D, bool euclidean,
-                 Float type) {
-  auto* values = dynamic_shared<double>();        // (kRowsTogether, kDims) of the rows
-  auto* scores = values + kRowsTogether * kDims;  // (kRowsTogether, warps)
+                 double* residuals, std::int64_t* indices, void* distances, int stages, std::int64_t K, int D, int held,
+                 bool euclidean, Float type) {
+  auto* values = dynamic_shared<double>();       // (kRowsTogether, held) of the rows
+  auto* scores = values + kRowsTogether * held;  // (kRowsTogether, warps)
   auto* codes = reinterpret_cast<int*>(scores + kRowsTogether * (kThreads / 32));
   const std::int64_t head = blockIdx.y;
   const std::int64_t rows = queue == nullptr ? x.count : figures[head * stages].queued;
@@ -38,31 +50,29 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (entry >= rows) return std::int64_t{-1};
       return queue == nullptr ? entry : queue[head * x.count + entry];
     };
-    // What the codes of the first stages leave of a value, rounded once a stage; they are this block's, or none.
-    const auto left_of = [&](std::int64_t n, int d, int before) {
-      double value = load(x.data, x.type, x.offset(head, n) + d * x.dim);
-      for (int stage = 0; stage < before; ++stage) {
-        const std::int64_t code = indices[(head * x.count + n) * stages + stage];
-        const Code* codebook = codebooks + (head * stages + stage) * K * D;
-        value = __fsub_rn(static_cast<float>(value), to_float(codebook[code * D + d]));
-      }
-      return value;
-    };
+    const std::int64_t own = row(warp);  // what this warp loads
+    const std::int64_t own_place = head * x.count + (own < 0 ? 0 : own);
+    double* residual = held < D ? residuals + own_place * D : values + warp * held;  // each value is one thread's
     for (int stage = 0; stage < stages; ++stage) {
       const Code* codebook = codebooks + (head * stages + stage) * K * D;
+      const Code* taken = nullptr;  // the code of the stage before
+      if (own >= 0 && stage > 0) taken = codebook + (indices[own_place * stages + stage - 1] - K) * D;
+      const auto value_at = [&](int d, bool first) {
+        if (own < 0) return 0.0;
+        double value = stage == 0 ? load(x.data, x.type, x.offset(head, own) + d * x.dim) : residual[d];
+        if (first && stage > 0) value = left_by(taken[d], value);
+        if (first && stages > 1) residual[d] = value;
+        return value;
+      };
       Winner winners[kRowsTogether];
       for (std::int64_t start = 0; start < K; start += kThreads) {
         const std::int64_t k = start + threadIdx.x;
         double sums[kRowsTogether] = {};
-        for (int d = 0; d < D; d += kDims) {
-          const int dims = min(kDims, D - d);
-          if (start == 0 || D > kDims) {
+        for (int d = 0; d < D; d += held) {
+          const int dims = min(held, D - d);
+          if (start == 0 || D > held) {
             __syncthreads();
-            for (int i = threadIdx.x; i < kRowsTogether * kDims; i += kThreads) {
-              const std::int64_t n = row(i / kDims);
-              const bool inside = n >= 0 && i % kDims < dims;
-              values[i] = inside ? left_of(n, d + i % kDims, stage) : 0.0;
-            }
+            for (int i = lane; i < dims; i += 32) values[warp * held + i] = value_at(d + i, start == 0);
             __syncthreads();
           }
           if (k >= K) continue;
@@ -70,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             const double code = widen(codebook[k * D + d + i]);
 #pragma unroll
             for (int r = 0; r < kRowsTogether; ++r) {
-              sums[r] = one_term(sums[r], values[r * kDims + i], code, euclidean);
+              sums[r] = one_term(sums[r], values[r * held + i], code, euclidean);
             }
           }
         }
@@ -159,18 +169,19 @@ void merge_splits(const SearchProblem& p, const SearchPlan& plan, const SearchSc
   });
 }
 
-void score_rest(const SearchProblem& p, int stages, const CodebookFigures* figures, const std::int64_t* queue,
+void score_rest(const SearchProblem& p, const SearchPlan& plan, const SearchScratch& scratch, int stages,
                 int multiprocessors, std::int64_t* indices, void* distances, cudaStream_t stream) {
   std::int64_t blocks = ceil_div<std::int64_t>(p.x.count, kRowsTogether);
   if (blocks > 8 * multiprocessors) blocks = 8 * multiprocessors;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.heads));
-  constexpr std::size_t shared = kRowsTogether * (kDims * sizeof(double) + kThreads / 32 * (sizeof(double) + 4));
+  const auto shared = static_cast<std::size_t>(whole_bytes(plan.held));
+  const std::int64_t* queue = plan.source == Source::none ? nullptr : scratch.queue;
   const Float type = p.code_type == Float::float64 ? Float::float64 : Float::float32;
   dispatch(p.code_type, [&](auto tag) {
     using Code = typename decltype(tag)::type;
     const auto* codebook = static_cast<const Code*>(p.codebook);
-    launch(whole_kernel<Code>, grid, dim3(kThreads), shared, stream, p.x, codebook, figures, queue, indices, distances,
-           stages, p.K, p.D, p.euclidean, type);
+    launch(whole_kernel<Code>, grid, dim3(kThreads), shared, stream, p.x, codebook, scratch.figures, queue,
+           scratch.residuals, indices, distances, stages, p.K, p.D, plan.held, p.euclidean, type);
   });
 }
 

@@ -312,9 +312,9 @@ __device__ __forceinline__ void load_rows(const ScreenArguments& a, std::int64_t
   const float* centre = a.frame + head * P::kWidth;
   float code_scale = 1.0f;
   if constexpr (P::kOperand != Operand::stored) code_scale = power_of_two(__uint_as_float(a.figures[head].reach));
-  // Only where no type has to be told apart do the loads of several rows overlap; elsewhere that is code eight times
-  // over.
-#pragma unroll(P::kOperand == Operand::stored ? 2 * P::kM : 1)
+  // Only where no type has to be told apart do the loads of several rows overlap, and where there are but two;
+  // elsewhere that is code eight times over.
+#pragma unroll(P::kOperand == Operand::stored || P::kM == 1 ? 2 * P::kM : 1)
   for (int r = 0; r < 2 * P::kM; ++r) {
     const std::int64_t n = first_row + r * 8 + lane / 4;
     const bool alive = n < a.x.count;
@@ -416,6 +416,7 @@ __device__ __forceinline__ void screen_tile(const unsigned char* tile, int segme
                                             const std::uint32_t (&operand)[P::kM][P::kSteps][4],
                                             const float (&factor)[2 * P::kM], Smallest (&seen)[2 * P::kM]) {
   constexpr int M = P::kM;
+  constexpr int kSums = M == 1 ? 2 : 1;  // of a score: four chains of products under way hide each other's latency
   const float* bias = reinterpret_cast<const float*>(tile + P::kTile * P::kWidth * 2) + 2 * (lane & 3);
   tile += 16 * lane;
 #pragma unroll 1
@@ -423,9 +424,9 @@ __device__ __forceinline__ void screen_tile(const unsigned char* tile, int segme
     float smallest[2 * M];
 #pragma unroll
     for (int pair = 0; pair < P::kGroup / 4; ++pair) {
-      float c[2][M][4];
+      float sums[kSums][2][M][4];
 #pragma unroll
-      for (int j = 0; j < 2 * M * 4; ++j) c[j / (4 * M)][j / 4 % M][j % 4] = 0.0f;
+      for (int j = 0; j < kSums * 2 * M * 4; ++j) sums[j / (8 * M)][j / (4 * M) % 2][j / 4 % M][j % 4] = 0.0f;
 #pragma unroll
       for (int s = 0; s < P::kSteps; ++s) {
         std::uint32_t b[4];
@@ -434,8 +435,13 @@ __device__ __forceinline__ void screen_tile(const unsigned char* tile, int segme
         for (int j = 0; j < 2; ++j) {
           const std::uint32_t of_eight[2] = {b[2 * j], b[2 * j + 1]};
 #pragma unroll
-          for (int m = 0; m < M; ++m) ptx::mma(c[j][m], operand[m][s], of_eight, typename P::Element{});
+          for (int m = 0; m < M; ++m) ptx::mma(sums[s % kSums][j][m], operand[m][s], of_eight, typename P::Element{});
         }
+      }
+      auto& c = sums[0];
+      if constexpr (kSums == 2) {
+#pragma unroll
+        for (int j = 0; j < 2 * M * 4; ++j) c[j / (4 * M)][j / 4 % M][j % 4] += sums[1][j / (4 * M)][j / 4 % M][j % 4];
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {

@@ -20,8 +20,12 @@ void start_stages(const SearchPlan& plan, const ScreenArguments& a, unsigned hea
       return start<32>(plan, a, heads, stages, stream);
     case 64:
       return start<64>(plan, a, heads, stages, stream);
-    default:
+    case 128:
       return start<128>(plan, a, heads, stages, stream);
+    case 256:
+      return start<256>(plan, a, heads, stages, stream);
+    default:
+      return start<512>(plan, a, heads, stages, stream);
   }
 }
 

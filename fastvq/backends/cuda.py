@@ -404,7 +404,7 @@ def _stage_codes(codebooks: Tensor, x: Tensor) -> Tensor:
 
 
 def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.0) -> Tensor:
-    """The code of each stage for each row, (..., Q): in one kernel where it can, else stage after stage.
+    """The code of each stage for each row, (..., Q): in one kernel but for wide rows, docs/cuda.md.
 
     `slack` is for the tests, as in `certified_search`.
     """
@@ -416,12 +416,12 @@ def residual_search(x: Tensor, codebooks: Tensor, metric: str, slack: float = 1.
     shape = (rows.heads, stages, *codes.shape[-2:])
     types = _type(rows.tensor), _type(codes)
     plan = _kernels.plan_stages(device, *types, *shape[:2], rows.length, *shape[2:])
-    if plan["source"] == "staged":
+    if plan["source"] != "chunked":
         scratch = _empty(plan["scratch_bytes"], torch.uint8, x)
         _call(
             _kernels.search_stages,
             x,
-            *[device, _pass(rows), _address(codes), *shape, metric == "euclidean", slack],
+            *[device, _pass(rows), _address(codes), _type(codes), *shape, metric == "euclidean", slack],
             *[_address(scratch), _address(indices)],
         )
         return indices

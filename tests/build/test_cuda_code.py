@@ -27,7 +27,7 @@ def test_the_table_has_every_policy_on_every_architecture():
     assert tuple(by_arch) == cuda_report.ARCHES
     wanted = {
         *[("split", "bfloat16", source, width) for source in ("resident", "streamed") for width in ("16", "32", "64")],
-        *[("rounded", "float16", "staged", width) for width in ("32", "64", "128")],
+        *[("rounded", "float16", "staged", width) for width in ("32", "64", "128", "256", "512")],
     }
     for kind in (("stored", "bfloat16"), ("stored", "float16"), ("rounded", "float16")):
         wanted |= {(*kind, "resident", width) for width in ("32", "64")}

@@ -57,6 +57,15 @@ def test_the_other_operators():
     cuda.residual_quantize_backward(x, torch.ones(3), x, books, stages, True, True)
 
 
+@pytest.mark.parametrize(("d", "dtype"), [(24, "float32"), (130, "float32"), (258, "float32"), (70, "float64")])
+def test_the_stages_of_a_residual_quantiser(d, dtype):
+    x, codes = make("near_tied", 70, 3 * 96, d, dtype)
+    codebooks = codes.view(3, 96, d)
+    codebooks[1, ::4] = codebooks[1, 0]  # and rows that are queued
+    wanted = reference.residual_quantize(x, codebooks, "euclidean")[1]
+    assert_same_indices(cuda.residual_search(x, codebooks, "euclidean"), wanted)
+
+
 def test_a_barrier_that_is_dropped_is_a_race(shim_module, tmp_path):
     """That of the pipeline: without it a tile is copied over one that another warp still reads."""
     change = {"search_screen.h": {"    __syncthreads();  // the tile is there for all": "    //"}}

@@ -42,7 +42,7 @@ def plan_of(x, codebook, device=H100):
 
 
 def queued(x, codebook, monkeypatch, metric="euclidean"):
-    """How many rows of one head the screen leaves to be scored whole."""
+    """How many rows of one head the screen leaves to be scored whole; through all stages, if there are several."""
     kept = []
     empty = cuda._empty
 
@@ -54,7 +54,10 @@ def queued(x, codebook, monkeypatch, metric="euclidean"):
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "_empty", keep)
-        cuda.search(x, codebook, metric, False, "exact")
+        if codebook.dim() == 2:
+            cuda.search(x, codebook, metric, False, "exact")
+        else:
+            cuda.residual_search(x, codebook, metric)
     return kept[0][12:16].view(torch.int32).item()  # CodebookFigures::queued
 
 
@@ -228,22 +231,104 @@ def test_stages_of_shapes(n, q, k, d):
     check_stages(torch.randn(2, n, d), torch.randn(2, q, k, d))
 
 
-def test_stages_that_need_every_code():
-    """Most rows are queued at the second stage, and go through all of them again."""
-    x, codebooks = make("gaussian", 50, 3 * 256, 24)
-    codebooks = codebooks.view(3, 256, 24).clone()
-    codebooks[1] = codebooks[1, 0] * (1 + 1e-7 * torch.randn(256, 24))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["near_tied", "duplicated", "power_law", "tiny", "not_finite", "scaled_rows"])
+def test_wide_stages_of_families(family, dtype):
+    """Widths of 256 and 512, two sums a score; float64 by the contract, dimension by dimension."""
+    for d, metric in ((252, "euclidean"), (131, "dot")) if dtype != "float64" else ((67, "euclidean"),):
+        x, codes = make(family, 35, 2 * 65, d, dtype, d)
+        check_stages(x, codes.view(2, 65, d), metric, guard="start")
+    if family == "near_tied":
+        x, codes = make(family, 20, 2 * 65, 300, dtype)
+        check_stages(x, codes.view(2, 65, 300))
+
+
+@pytest.mark.parametrize(
+    ("n", "q", "k", "d", "dtype"),
+    [
+        *[
+            (0, 2, 3, 200, "float32"),
+            (1, 2, 1, 129, "float32"),
+            (70, 2, 33, 255, "bfloat16"),
+            (65, 2, 31, 511, "float32"),
+        ],
+        *[
+            (0, 2, 3, 4, "float64"),
+            (1, 3, 300, 1, "float64"),
+            (19, 3, 40, 1023, "float64"),
+            (9, 3, 17, 1700, "float64"),
+        ],
+    ],
+)
+def test_wide_stages_of_shapes(n, q, k, d, dtype):
+    """Of 1700 float64 dimensions eight rows do not fit shared memory beside each other."""
+    x, codes = make("gaussian", n, q * k, d, dtype, seed=n)
+    check_stages(x, codes.view(q, k, d))
+    check_stages(torch.stack([x, x.flip(0)]), torch.stack([codes.view(q, k, d), codes.flip(0).view(q, k, d)]), "dot")
+
+
+def test_wide_stages_of_any_order_of_warps(seed):
+    x, codes = make("near_tied", 70, 3 * 96, 140, seed=seed)
+    check_stages(x, codes.view(3, 96, 140), METRICS[seed % 2])
+    check_stages(x[:9, :70].double(), codes[:, :70].reshape(3, 96, 70).double())
+
+
+def test_stages_of_mimi(monkeypatch):
+    """D = 256, K = 2048, codebooks that shrink from stage to stage; no row needs every code."""
+    x, codes = make("gaussian", 12, 8 * 2048, 256)
+    codebooks = codes.view(8, 2048, 256) * 0.7 ** torch.arange(8.0)[:, None, None]
+    check_stages(x.view(2, 6, 256).transpose(0, 1), codebooks)
+    assert queued(x, codebooks, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("d", [24, 252, 260])
+def test_rows_queued_at_the_second_stage_go_through_all_again(d, monkeypatch):
+    """There every other row has more candidates than are kept of a lane."""
+    x, codes = make("gaussian", 50, 3 * 256, d)
+    codebooks = codes.view(3, 256, d) * torch.tensor([10.0, 1.0, 1.0])[:, None, None]
+    x[::2] = codebooks[0, 50:75] + codebooks[1, 0] + 1e-4 * torch.randn(25, d)
+    codebooks[1, ::4] = codebooks[1, 0]
     check_stages(x, codebooks)
+    assert queued(x, codebooks, monkeypatch) == 25
 
 
-def test_stages_fit_their_device(kernels):
+def test_the_policies_of_stages_by_architecture_and_shape(kernels):
+    """(width, rows, tile, group) of a block: up to D = 256 on every device, up to 512 where shared memory is large."""
+    roomy = {80, 90, 100}
     for device in DEVICES:
-        for d in (1, 32, 33, 128):
-            plan = kernels.plan_stages(device, 0, 0, 1, 8, 10**6, 1024, d)
-            assert plan["source"] == "staged", (device, d)
-            assert plan["shared_memory"] <= device[2], (device, d)
-        assert kernels.plan_stages(device, 0, 0, 1, 8, 10**6, 1024, 129)["source"] == "none"
-        assert kernels.plan_stages(device, 3, 3, 1, 8, 10**6, 1024, 8)["source"] == "none"
+        for d, policy in (
+            *[(d, (32, 128, 64, 16)) for d in (1, 32)],
+            *[(d, (64, 128, 64, 16)) for d in (33, 64)],
+            *[(d, (128, 128, 64, 16)) for d in (65, 128)],
+            *[(d, (256, 64, 32, 8)) for d in (129, 256)],
+            *[(d, (512, 64, 16, 4)) for d in (257, 512)],
+        ):
+            for k in (1, 1024, 1 << 20):
+                plan = kernels.plan_stages(device, 0, 0, 1, 8, 10**6, k, d)
+                if policy[0] == 512 and device[0] not in roomy:
+                    assert plan["source"] == "chunked"
+                    continue
+                what = (device, k, d, plan)
+                assert plan["source"] == "staged", what
+                assert tuple(plan[name] for name in ("width", "rows", "tile", "group")) == policy, what
+                residual_and_pipeline = plan["rows"] * (12 + 4 * plan["width"]) + 2 * plan["tile"] * (
+                    2 * plan["width"] + 4
+                )
+                assert plan["shared_memory"] == residual_and_pipeline <= device[2], what
+                assert plan["tiles"] * plan["tile"] >= k > (plan["tiles"] - 1) * plan["tile"], what
+                assert plan["tiles"] * plan["tile"] // (4 * plan["group"]) <= 1 << plan["bits"], what
+        assert kernels.plan_stages(device, 1, 0, 1, 8, 10**6, 1024, 513)["source"] == "chunked"
+
+
+def test_stages_in_float64_are_one_kernel_too(kernels):
+    """Eight rows in shared memory as long as they fit; else their residuals take 8 bytes a value of global memory."""
+    for device in DEVICES:
+        for x, codes in ((3, 3), (0, 3), (1, 3)):
+            for d in (8, 513, 1572, 1700, 4096):
+                plan = kernels.plan_stages(device, x, codes, 2, 8, 1000, 1024, d)
+                assert plan["source"] == "none"
+                fits = 8 * (8 * d + 96) <= device[2]
+                assert (plan["scratch_bytes"] < 16_000 * d) == fits, (device, d)
 
 
 # ---- how a search is cut ------------------------------------------------------------------------------------------

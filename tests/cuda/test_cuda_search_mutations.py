@@ -73,9 +73,7 @@ MUTANTS = {
         "search",
         {
             "search.cu": {
-                "  score_rest(p, 1, scratch.figures, scratch.queue, ": (
-                    "  if (p.D < 0) score_rest(p, 1, nullptr, nullptr, "
-                )
+                "  score_rest(p, plan, scratch, 1, device.multiprocessors, indices, distances, stream);\n}": "}"
             }
         },
     ),
