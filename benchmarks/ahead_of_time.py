@@ -87,7 +87,7 @@ def launches_of(arch: str, call: Callable[[], Any]) -> list[Launch]:
 
 
 def operator_calls(x: Tensor, codebook: Tensor, metric: str, option: bool) -> list[Callable[[], Any]]:
-    """A call of every operator on rows (N, D) and codes (K, D); `option`: distances, a mask, a codebook a head.
+    """A call of every operator on rows (N, D) and codes (K, D); `option`: distances, counts, a mask, a codebook a head.
 
     The residual quantiser has eight codebooks.
     """
@@ -105,6 +105,7 @@ def operator_calls(x: Tensor, codebook: Tensor, metric: str, option: bool) -> li
     return [
         lambda: backend.search(x, codebook, metric, option, "exact"),
         lambda: backend.vector_quantize(rows, codes, metric, 1.0, 0.5, mask),
+        *([lambda: backend.vector_quantize_counted(rows, codes, metric, 1.0, 0.5, mask)] if option else []),
         lambda: backend.vector_quantize_backward(rows, scalar, *gradients),
         lambda: backend.code_sums(rows, chosen, codebook.shape[0], mask, option),
         lambda: backend.ema_update_(codes, counts, sums, counts, sums, 0.9, 1e-5),

@@ -212,10 +212,13 @@ def sanitized_calls(device: str) -> int:
     for n, k, d, dtype in ((300, 200, 8, "float32"), (70, 130, 40, "float16"), (40, 70, 300, "float32")):
         x, codebook = (torch.randn(rows, d, device=device).to(getattr(torch, dtype)) for rows in (n, k))
         leaves = [x.requires_grad_(), codebook.requires_grad_()]
-        quantized, indices, loss = fastvq.vector_quantize(x, codebook, codebook_weight=1.0, backend=backend)
+        options = {"codebook_weight": 1.0, "return_counts": True, "backend": backend}
+        quantized, indices, loss, taken = fastvq.vector_quantize(x, codebook, **options)
         summed, stages, losses = fastvq.residual_quantize(x, torch.stack([codebook] * 2), backend=backend)
         torch.autograd.grad(quantized.float().sum() + loss + summed.float().sum() + losses.sum(), leaves)
         counts, sums = fastvq.code_sums(x.detach(), indices, k, backend=backend)
+        if not torch.equal(taken.to(counts), counts):
+            raise AssertionError(f"{n}, {k}, {d}, {dtype}: the counts of the search are not those of the sums")
         state = [torch.ones_like(sums), torch.ones_like(counts), torch.ones_like(sums)]
         fastvq.ema_update_(*state, counts, sums, decay=0.9, backend=backend)
         wanted = fastvq.search(x.detach().cpu(), codebook.detach().cpu(), backend="reference")

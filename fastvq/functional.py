@@ -10,6 +10,7 @@ from fastvq import ops
 # The overloads by name: finding them anew costs some microseconds a call.
 _search = torch.ops.fastvq.search.default
 _vector_quantize = torch.ops.fastvq.vector_quantize.default
+_vector_quantize_counted = torch.ops.fastvq.vector_quantize_counted.default
 _code_sums = torch.ops.fastvq.code_sums.default
 _ema_update = torch.ops.fastvq.ema_update_.default
 _residual_quantize = torch.ops.fastvq.residual_quantize.default
@@ -67,8 +68,9 @@ def vector_quantize(
     commitment_weight: float = 1.0,
     codebook_weight: float = 0.0,
     mask: Tensor | None = None,
+    return_counts: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Replace every row by its nearest code, with the straight-through gradient and the losses of a VQ-VAE.
 
     loss = commitment_weight * mean((x - sg[q])^2) + codebook_weight * mean((sg[x] - q)^2), where sg stops the
@@ -81,12 +83,16 @@ def vector_quantize(
         commitment_weight: weight of the loss that pulls x to its code.
         codebook_weight: weight of the loss that pulls the code to x.
         mask: (...) bool, the shape of x less its last dimension; rows where it is False are quantised but take no
-            part in the loss. Without any row the loss is 0.
+            part in the loss nor in the counts. Without any row the loss is 0.
+        return_counts: return the counts too; they are taken in the same pass over the rows.
         backend: as in `search`.
 
     Returns:
         quantized (..., D) in the dtype of x, exactly the codes (rounded where that dtype is narrower); indices (...),
-        int64; loss (), float32, or float64 when an input is float64.
+        int64; loss (), float32, or float64 when an input is float64. With return_counts also counts (K,), or (H, K)
+        with a codebook a head, int64: how many rows took each code, those of `code_sums` as numbers that stay exact
+        however many there are. A row with NaN or infinity in it has an index and a loss but is not counted, as such
+        rows say nothing of how the codes are used.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in `search`; also for a mask of the wrong dtype or shape.
@@ -95,7 +101,9 @@ def vector_quantize(
     ops.check_strings(metric=metric)
     ops.check_backend(backend)
     ops.check_numbers(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
-    return _vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask, backend)
+    quantize = _vector_quantize_counted if return_counts else _vector_quantize
+    found: tuple[Tensor, ...] = quantize(x, codebook, metric, commitment_weight, codebook_weight, mask, backend)
+    return found
 
 
 def code_sums(

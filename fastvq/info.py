@@ -90,7 +90,7 @@ def render(info: dict[str, Any]) -> str:
 
 
 OPERATORS = (
-    *["search", "vector_quantize", "vector_quantize_backward", "code_sums", "ema_update_"],
+    *["search", "vector_quantize", "vector_quantize_counted", "vector_quantize_backward", "code_sums", "ema_update_"],
     *["residual_quantize", "residual_quantize_backward"],
 )
 # What `explain` speaks of where there is no device.

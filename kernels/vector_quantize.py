@@ -12,6 +12,7 @@ from fastvq.backends.rows import gathered
 
 from .code_gradients import code_gradients
 from .code_sums import rows_by_code
+from .codes import is_finite
 from .launch import launch
 from .pointwise import as_float64, bits, elements, kept_rows, loss_scale, mask_bytes, narrow, tile_for
 from .rows import row_offsets, rows_of
@@ -20,7 +21,7 @@ from .search import search
 _PROGRAMS = 4096  # at most, of the first stage of a loss; independent of the device, and so is the order of the sum
 
 
-@triton.jit(do_not_specialize=["N", "blocks"])
+@triton.jit(do_not_specialize=["K", "N", "blocks"])
 def gather_kernel(
     x_ptr: tl.tensor,
     inner: tl.tensor,
@@ -36,13 +37,15 @@ def gather_kernel(
     mask_ptr: tl.tensor,  # (H, N) uint8, or None
     quantized_ptr: tl.tensor,  # out (H, N, D)
     sums_ptr: tl.tensor,  # out (H, programs) float64: of squared differences
+    counts_ptr: tl.tensor,  # in and out (H, K) int64: of finite rows that the mask keeps; or None
+    K: tl.tensor,
     N: tl.tensor,
     blocks: tl.tensor,  # of ROWS rows, that a program takes one after the other
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The code of every row, in the dtype of x, and the first stage of the loss. Grid (programs, H)."""
+    """The code of every row, in the dtype of x, the first stage of the loss, and counts by code. Grid (programs, H)."""
     head = tl.program_id(1).to(tl.int64)
     squares = tl.zeros((ROWS, COLUMNS), tl.float64)
     for block in range(blocks):
@@ -54,15 +57,23 @@ def gather_kernel(
             counted = tl.load(mask_ptr + head * N + row, mask=alive, other=0) != 0
         at_row = x_ptr + head * stride_h + row_offsets(row, inner, stride_outer, stride_inner)
         at_code = codebook_ptr + head * stride_codebook + index * stride_k
+        finite = tl.full((ROWS, COLUMNS), 1, tl.int32)
         for start in range(0, D, COLUMNS):
             column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
             inside = alive[:, None] & (column < D)
-            x = tl.load(at_row[:, None] + column * stride_x, mask=inside, other=0.0).to(tl.float64)
+            x = tl.load(at_row[:, None] + column * stride_x, mask=inside, other=0.0)
             code = tl.load(at_code[:, None] + column * stride_d, mask=inside, other=0.0).to(tl.float64)
             target = quantized_ptr + (head * N + row)[:, None] * D + column
             tl.store(target, narrow(code, quantized_ptr.dtype.element_ty), mask=inside)
-            difference = tl.where(counted[:, None], x - code, 0.0)
+            difference = tl.where(counted[:, None], x.to(tl.float64) - code, 0.0)
             squares += difference * difference
+            if counts_ptr is not None:
+                finite &= is_finite(x if x.dtype == tl.float64 else x.to(tl.float32)).to(tl.int32)
+        if counts_ptr is not None:
+            # Integers add up alike in any order, so that atomics leave the result what it is.
+            counted &= tl.min(finite, axis=1) != 0
+            one = tl.full((ROWS,), 1, tl.int64)
+            tl.atomic_add(counts_ptr + head * K + index, one, mask=counted, sem="relaxed")
     tl.store(sums_ptr + head * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
 
 
@@ -141,8 +152,18 @@ def pull_kernel(
     tl.store(target, narrow(gradient, grad_x_ptr.dtype.element_ty), mask=inside)
 
 
-def gather(x: Tensor, codebook: Tensor, indices: Tensor, weight: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The codes at the indices in the dtype of x, and weight * mean((x - code)^2) over the rows that the mask keeps."""
+def gather(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    weight: float,
+    mask: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The codes at the indices in the dtype of x, and weight * mean((x - code)^2) over the rows that the mask keeps.
+
+    Those of them that are finite are added to `counts` ([H,] K), int64.
+    """
     per_head = codebook.dim() == 3
     rows = rows_of(x, per_head)
     codes = codebook.resolve_neg() if per_head else codebook.resolve_neg().unsqueeze(0)
@@ -157,7 +178,7 @@ def gather(x: Tensor, codebook: Tensor, indices: Tensor, weight: float, mask: Te
         gather_kernel,
         (programs, heads),
         *[rows.tensor, rows.inner, *rows.strides, codes, *codes.stride()],
-        *[indices, mask_bytes(mask), quantized, sums, N, blocks],
+        *[indices, mask_bytes(mask), quantized, sums, counts, codes.shape[1], N, blocks],
         D=D,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -181,6 +202,16 @@ def vector_quantize(
     indices, _ = search(x, codebook, metric, False)
     quantized, loss = gather(x, codebook, indices, commitment_weight + codebook_weight, mask)
     return quantized, indices, loss
+
+
+def vector_quantize_counted(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
+    indices, _ = search(x, codebook, metric, False)
+    counts = torch.zeros(codebook.shape[:-1], dtype=torch.int64, device=x.device)
+    quantized, loss = gather(x, codebook, indices, commitment_weight + codebook_weight, mask, counts)
+    return quantized, indices, loss, counts
 
 
 def vector_quantize_backward(

@@ -114,14 +114,16 @@ PYBIND11_MODULE(_cpu, m) {
     return py::make_tuple(counts.rows, counts.open, counts.exact);
   });
 
-  m.def("vector_quantize", [](const py::tuple& x, const py::tuple& codebook, bool heads, bool dot, double weight,
-                              Address mask, Address quantized, Address indices, const py::tuple& loss, int threads) {
-    const fastvq::Tensor rows = tensor(x), codes = tensor(codebook), out = tensor(loss);
-    run([&] {
-      fastvq::vector_quantize(rows, codes, heads, metric_of(dot), weight, pointer<std::uint8_t>(mask),
-                              pointer<void>(quantized), pointer<std::int64_t>(indices), out, threads);
-    });
-  });
+  m.def("vector_quantize",
+        [](const py::tuple& x, const py::tuple& codebook, bool heads, bool dot, double weight, Address mask,
+           Address quantized, Address indices, const py::tuple& loss, Address counts, int threads) {
+          const fastvq::Tensor rows = tensor(x), codes = tensor(codebook), out = tensor(loss);
+          run([&] {
+            fastvq::vector_quantize(rows, codes, heads, metric_of(dot), weight, pointer<std::uint8_t>(mask),
+                                    pointer<void>(quantized), pointer<std::int64_t>(indices), out,
+                                    pointer<std::int64_t>(counts), threads);
+          });
+        });
 
   m.def("vector_quantize_backward",
         [](const py::tuple& grad_quantized, double grad_loss, const py::tuple& x, const py::tuple& codebook, bool heads,

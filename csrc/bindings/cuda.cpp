@@ -141,16 +141,16 @@ PYBIND11_MODULE(FASTVQ_CUDA_MODULE, m) {
           });
         });
 
-  m.def("gather",
-        [](const py::tuple& x, const py::tuple& codes, Address indices, Address mask, Address kept, double weight,
-           Index heads, int D, Address quantized, Address parts, Address loss, int loss_type, Address stream) {
-          const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
-          run("vector_quantize", [&] {
-            fastvq::gather(x_rows, code_rows, pointer<Index>(indices), pointer<std::uint8_t>(mask),
-                           pointer<Index>(kept), weight, heads, D, pointer<void>(quantized), pointer<double>(parts),
-                           pointer<void>(loss), type(loss_type), stream);
-          });
-        });
+  m.def("gather", [](const py::tuple& x, const py::tuple& codes, Address indices, Address mask, Address kept,
+                     double weight, Index heads, Index K, int D, Address quantized, Address parts, Address loss,
+                     int loss_type, Address counts, Address stream) {
+    const fastvq::Rows x_rows = rows(x), code_rows = rows(codes);
+    run("vector_quantize", [&] {
+      fastvq::gather(x_rows, code_rows, pointer<Index>(indices), pointer<std::uint8_t>(mask), pointer<Index>(kept),
+                     weight, heads, K, D, pointer<void>(quantized), pointer<double>(parts), pointer<void>(loss),
+                     type(loss_type), pointer<Index>(counts), stream);
+    });
+  });
 
   m.def("pull", [](const py::tuple& gradient, const py::tuple& x, const py::tuple& codes, Address indices, Address mask,
                    Address kept, Address grad_loss, int loss_type, double weight, Index heads, int D, Address grad_x,

@@ -26,9 +26,12 @@ void search_by(Way way, const Tensor& x, const Tensor& codebook, std::int64_t* i
 // What becomes of the rows of x when they are searched for their nearest codes; both float, without heads.
 SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads);
 
-// quantized (..., D) in the dtype of x; loss (), `weight` times the mean squared difference of the unmasked rows.
+// quantized (..., D) in the dtype of x; loss (), `weight` times the mean squared difference of the unmasked rows;
+// counts
+// ([H,] K) of the unmasked rows that are finite, or null.
 void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, double weight,
-                     const std::uint8_t* mask, void* quantized, std::int64_t* indices, const Tensor& loss, int threads);
+                     const std::uint8_t* mask, void* quantized, std::int64_t* indices, const Tensor& loss,
+                     std::int64_t* counts, int threads);
 
 // grad_x (..., D) = grad_quantized + commitment_weight * 2 grad_loss (x - q) / elements, and grad_codebook, contiguous
 // in the dtype of the codebook; either may be null.

@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
 #include "block.h"
+#include "code_counts.h"
 #include "code_sums.h"
 #include "codebook_cache.h"
 #include "operators.h"
@@ -26,13 +28,20 @@ std::int64_t counted_rows(const std::uint8_t* mask, std::int64_t rows) {
   return mask ? std::count(mask, mask + rows, std::uint8_t{1}) : rows;
 }
 
-// Returns the sum of the squared differences of the unmasked rows.
+template <class Working>
+bool is_finite(const Working* row, std::int64_t width) {
+  return std::all_of(row, row + width, [](Working value) { return std::isfinite(value); });
+}
+
+// Returns the sum of the squared differences of the unmasked rows; their codes are counted where they are finite.
 template <class Working, class X, class Code>
 double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t* mask, X* quantized,
-                     std::int64_t* indices, int threads) {
+                     std::int64_t* indices, std::int64_t* counts, int threads) {
   const RowKernel& kernel = row_kernel();
   std::vector<double> partial(row_tasks(x.count), 0.0);
+  CodeCounts all_counts(counts, codes.rows.count, static_cast<int>(std::min<std::int64_t>(threads, partial.size())));
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+    CodeCounts::Share counted(all_counts);
     RowBlocks<Working> blocks(kernel, x);
     BlockSearch<Working> search(kernel, x.width, codes.view.groups, threads);
     Nearest nearest;
@@ -45,7 +54,9 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
           const Code* code = codes.rows.row<Code>(nearest.index[l]);
           X* out = quantized + (first + l) * x.width;
           const double distance = copy_code(kernel, row[l], code, codes.rows.step, x.width, out);
-          if (!mask || mask[first + l]) partial[task] += distance;
+          if (mask && !mask[first + l]) continue;
+          partial[task] += distance;
+          if (std::isfinite(distance) || is_finite(row[l], x.width)) counted.add(nearest.index[l]);
         }
       });
     }
@@ -57,7 +68,7 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
 
 void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, double weight,
                      const std::uint8_t* mask, void* quantized, std::int64_t* indices, const Tensor& loss,
-                     int threads) {
+                     std::int64_t* counts, int threads) {
   const bool is_double = x.dtype == DType::kFloat64;
   const std::int64_t head_count = heads ? codebook.sizes[0] : 1;
   double total = 0;
@@ -65,7 +76,11 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     const Rows codes = (heads ? codebook.select(0, h) : codebook).rows();
-    if (rows.count == 0) break;
+    std::int64_t* const head_counts = counts ? counts + h * codes.count : nullptr;
+    if (rows.count == 0) {
+      if (counts) std::fill_n(head_counts, codes.count, 0);
+      continue;
+    }
     const std::int64_t first = h * rows.count;
     const std::uint8_t* head_mask = mask ? mask + first : nullptr;
     const SearchCodes ready = search_codes(codes, metric, !is_double, rows.count, threads);
@@ -76,7 +91,7 @@ void vector_quantize(const Tensor& x, const Tensor& codebook, bool heads, Metric
       using Code = std::remove_pointer_t<decltype(code_type)>;
       using Working = std::conditional_t<std::is_same_v<X, double>, double, float>;
       total += quantize_head<Working, X, Code>(rows, ready, head_mask, static_cast<X*>(quantized) + first * rows.width,
-                                               indices + first, worth);
+                                               indices + first, head_counts, worth);
     });
   }
   const double elements = static_cast<double>(std::max<std::int64_t>(1, counted * x.sizes[x.dims - 1]));

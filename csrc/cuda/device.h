@@ -46,6 +46,13 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(double v) {
   return __float2bfloat16_rn(static_cast<float>(v));
 }
 
+__device__ __forceinline__ bool is_finite(float v) {
+  return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u;
+}
+__device__ __forceinline__ bool is_finite(double v) {
+  return v - v == 0;
+}
+
 // One element of a type known at run time only: for what is read or written seldom.
 __device__ __forceinline__ double load(const void* data, Float type, std::int64_t at) {
   switch (type) {

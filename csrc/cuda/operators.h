@@ -28,11 +28,11 @@ void set_device(int index);
 // How many float64 partial sums a head's loss takes.
 std::int64_t loss_parts(std::int64_t N, int D);
 
-// quantized (H, N, D) in x's type, the codes at the indices; loss () = weight * mean((x - code)^2).
-// `parts` holds H * loss_parts(N, D) float64.
+// quantized (H, N, D) in x's type, the codes at the indices; loss () = weight * mean((x - code)^2). The finite rows
+// that the mask keeps are added to counts (H, K), unless that is null. `parts` holds H * loss_parts(N, D) float64.
 void gather(const Rows& x, const Rows& codes, const std::int64_t* indices, const std::uint8_t* mask,
-            const std::int64_t* kept, double weight, std::int64_t heads, int D, void* quantized, double* parts,
-            void* loss, Float loss_type, std::uintptr_t stream);
+            const std::int64_t* kept, double weight, std::int64_t heads, std::int64_t K, int D, void* quantized,
+            double* parts, void* loss, Float loss_type, std::int64_t* counts, std::uintptr_t stream);
 
 // grad_x (H, N, D) in x's type: the gradient that came, which is of x's type too, and the pull of the commitment loss.
 void pull(const Rows& gradient, const Rows& x, const Rows& codes, const std::int64_t* indices, const std::uint8_t* mask,

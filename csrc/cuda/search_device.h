@@ -29,13 +29,6 @@ __device__ __forceinline__ float inf() {
   return __int_as_float(0x7f800000);
 }
 
-__device__ __forceinline__ bool is_finite(float v) {
-  return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u;
-}
-__device__ __forceinline__ bool is_finite(double v) {
-  return v - v == 0;
-}
-
 // The power of two that takes a positive float32 to [2^8, 2^9), at most 2^100; 1 for zero, inf and NaN. Float16 then
 // has a factor of 128 above for what was not sampled, and 22 binary orders below at full precision.
 __device__ __forceinline__ float power_of_two(float largest) {

@@ -49,13 +49,31 @@ __device__ __forceinline__ const T* address(const Rows& rows, std::int64_t head,
   return static_cast<const T*>(rows.data) + rows.offset(head, row) + column * rows.dim;
 }
 
-// Grid (blocks, H).
+// Which of a block's rows are not finite, a bit each in shared memory: a row is shared among threads.
+struct NotFinite {
+  std::uint32_t* bits;
+  std::int64_t first;
+
+  __host__ __device__ static std::int64_t words(std::int64_t rows) { return (rows + 31) / 32; }
+
+  __device__ __forceinline__ void clear(std::int64_t rows) {
+    for (std::int64_t word = threadIdx.x; word < words(rows); word += kThreads) bits[word] = 0;
+    __syncthreads();
+  }
+  __device__ __forceinline__ void add(std::int64_t row) { atomicOr(&bits[(row - first) / 32], bit_of(row)); }
+  __device__ __forceinline__ bool has(std::int64_t row) const { return bits[(row - first) / 32] & bit_of(row); }
+  __device__ __forceinline__ std::uint32_t bit_of(std::int64_t row) const { return 1u << ((row - first) % 32); }
+};
+
+// Grid (blocks, H); shared memory for NotFinite where there are counts (H, K).
 template <class X, class C, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(Rows x, Rows codes, const std::int64_t* indices, const std::uint8_t* mask, X* quantized, double* sums,
-                  std::int64_t rows, int D) {
+                  unsigned long long* counts, std::int64_t rows, std::int64_t K, int D) {
   __shared__ double parts[kThreads / 32];
-  const std::int64_t head = blockIdx.y, N = x.count;
+  const std::int64_t head = blockIdx.y, N = x.count, first = static_cast<std::int64_t>(blockIdx.x) * rows;
+  NotFinite not_finite = {dynamic_shared<std::uint32_t>(), first};
+  if (counts) not_finite.clear(rows);
   double squares = 0;
   for (Walk<V> at(rows, N, D); at.more(); at.next()) {
     const std::int64_t row = head * N + at.row, column = at.piece * V;
@@ -63,14 +81,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto value = load_vector<X, V>(address<X>(x, head, at.row, column));
     Vector<X, V> out;
     double sum = 0;
+    bool finite = true;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const double difference = widen(value.values[v]) - widen(code.values[v]);
       sum += difference * difference;
       out.values[v] = narrow<X>(widen(code.values[v]));
+      if (counts) finite = finite && is_finite(widen(value.values[v]));
     }
     if (!mask || mask[row]) squares += sum;
+    if (counts && !finite) not_finite.add(at.row);
     *reinterpret_cast<Vector<X, V>*>(quantized + row * D + column) = out;
+  }
+  if (counts) {
+    // Integers add up alike in any order, so that atomics leave the result what it is.
+    __syncthreads();
+    for (std::int64_t n = first + threadIdx.x; n < min(first + rows, N); n += kThreads) {
+      const std::int64_t row = head * N + n;
+      if ((!mask || mask[row]) && !not_finite.has(n)) atomicAdd(&counts[head * K + indices[row]], 1ull);
+    }
   }
   const double total = block_sum<kThreads>(squares, parts);
   if (threadIdx.x == 0) sums[head * gridDim.x + blockIdx.x] = total;
@@ -252,13 +281,16 @@ std::int64_t loss_parts(std::int64_t N, int D) {
 }
 
 void gather(const Rows& x, const Rows& codes, const std::int64_t* indices, const std::uint8_t* mask,
-            const std::int64_t* kept, double weight, std::int64_t heads, int D, void* quantized, double* parts,
-            void* loss, Float loss_type, std::uintptr_t stream) {
+            const std::int64_t* kept, double weight, std::int64_t heads, std::int64_t K, int D, void* quantized,
+            double* parts, void* loss, Float loss_type, std::int64_t* counts, std::uintptr_t stream) {
+  const std::int64_t rows = rows_of_block(x.count, D);
+  const std::size_t shared = counts ? NotFinite::words(rows) * sizeof(std::uint32_t) : 0;
   by_types(x, codes, D, nullptr, quantized, [&](auto x_tag, auto code_tag, auto v) {
     using X = typename decltype(x_tag)::type;
     using C = typename decltype(code_tag)::type;
-    launch(gather_kernel<X, C, decltype(v)::value>, grid_of(x.count, D, heads), kThreads, 0, stream_of(stream), x,
-           codes, indices, mask, static_cast<X*>(quantized), parts, rows_of_block(x.count, D), D);
+    launch(gather_kernel<X, C, decltype(v)::value>, grid_of(x.count, D, heads), kThreads, shared, stream_of(stream), x,
+           codes, indices, mask, static_cast<X*>(quantized), parts, reinterpret_cast<unsigned long long*>(counts), rows,
+           K, D);
   });
   launch(loss_kernel, 1, kThreads, 0, stream_of(stream), parts, heads * loss_parts(x.count, D), kept, heads * x.count,
          weight, D, loss, loss_type);

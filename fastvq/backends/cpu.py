@@ -139,6 +139,20 @@ def vector_quantize(
     x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
+    return _quantize(x, codebook, metric, commitment_weight + codebook_weight, mask, None)
+
+
+def vector_quantize_counted(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
+    counts = _empty(codebook.shape[:-1], torch.int64)
+    return *_quantize(x, codebook, metric, commitment_weight + codebook_weight, mask, counts), counts
+
+
+def _quantize(
+    x: Tensor, codebook: Tensor, metric: str, weight: float, mask: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     x, codebook, mask = _readable(x), _readable(codebook), _dense(mask)
     quantized = _empty(x.shape, x.dtype)
     indices = _empty(x.shape[:-1], torch.int64)
@@ -148,11 +162,12 @@ def vector_quantize(
         _pass(codebook),
         codebook.dim() == 3,
         metric != "euclidean",
-        commitment_weight + codebook_weight,
+        weight,
         _address(mask),
         quantized.data_ptr(),
         indices.data_ptr(),
         _pass(loss),
+        _address(counts),
         torch.get_num_threads(),
     )
     return quantized, indices, loss

@@ -148,8 +148,18 @@ def plan_search(
 # ---- vector_quantize ----------------------------------------------------------------------------------------------
 
 
-def gather(x: Tensor, codebook: Tensor, indices: Tensor, weight: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The codes at the indices in the dtype of x, and weight * mean((x - code)^2) over the rows that the mask keeps."""
+def gather(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    weight: float,
+    mask: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The codes at the indices in the dtype of x, and weight * mean((x - code)^2) over the rows that the mask keeps.
+
+    Those of them that are finite are added to `counts` ([H,] K), int64.
+    """
     rows, codes = rows_of(x, codebook.dim() == 3), _codes(codebook, x)
     dense, kept = _mask(mask)
     quantized = _empty(x.shape, x.dtype, x)
@@ -159,7 +169,8 @@ def gather(x: Tensor, codebook: Tensor, indices: Tensor, weight: float, mask: Te
         _kernels.gather,
         x,
         *[_pass(rows), _pass(_code_rows(codes)), _address(indices), _address(dense), _address(kept), weight],
-        *[rows.heads, rows.dim, _address(quantized), _address(parts), _address(loss), _type(loss)],
+        *[rows.heads, codes.shape[1], rows.dim, _address(quantized), _address(parts), _address(loss), _type(loss)],
+        _address(counts),
     )
     return quantized, loss
 
@@ -171,6 +182,16 @@ def vector_quantize(
     indices, _ = search(x, codebook, metric, False, "exact")
     quantized, loss = gather(x, codebook, indices, commitment_weight + codebook_weight, mask)
     return quantized, indices, loss
+
+
+def vector_quantize_counted(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
+    indices, _ = search(x, codebook, metric, False, "exact")
+    counts = _empty(codebook.shape[:-1], torch.int64, x).zero_()
+    quantized, loss = gather(x, codebook, indices, commitment_weight + codebook_weight, mask, counts)
+    return quantized, indices, loss, counts
 
 
 def vector_quantize_backward(

@@ -95,6 +95,18 @@ def vector_quantize(
     return quantized, indices, loss.to(working_dtype(x, codebook))
 
 
+def vector_quantize_counted(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
+    quantized, indices, loss = vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask)
+    finite = x.isfinite().all(-1)
+    kept = finite if mask is None else finite & mask
+    column = x[..., :1].double()  # in which a count is exact
+    counts, _ = code_sums(column, indices, codebook.shape[-2], kept, codebook.dim() == 3)
+    return quantized, indices, loss, counts.long()
+
+
 def vector_quantize_backward(
     grad_quantized: Tensor,
     grad_loss: Tensor,

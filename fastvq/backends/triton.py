@@ -42,6 +42,15 @@ def vector_quantize(
     return kernels.vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask)
 
 
+def vector_quantize_counted(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
+    from fastvq.kernels import vector_quantize as kernels
+
+    return kernels.vector_quantize_counted(x, codebook, metric, commitment_weight, codebook_weight, mask)
+
+
 def vector_quantize_backward(
     grad_quantized: Tensor,
     grad_loss: Tensor,

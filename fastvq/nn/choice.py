@@ -43,6 +43,7 @@ class Chosen(NamedTuple):
     values: Tensor  # their codes, with the gradient to the codebook where it has one
     commitment: Tensor  # the mean squared error, (), or of each row with topk
     transformed: TransformedCodes | None
+    counts: Tensor | None = None  # of the rows by code, (H, K), where the search took them
 
 
 def choose(book: Codebook, layout: Layout, rows: Tensor, mask: Tensor | None, codes: Tensor, call: Call) -> Chosen:
@@ -82,16 +83,18 @@ def choose(book: Codebook, layout: Layout, rows: Tensor, mask: Tensor | None, co
 def _nearest(book: Codebook, rows: Tensor, mask: Tensor | None, codes: Tensor, call: Call) -> Chosen:
     """The nearest code, by the fused operator."""
     weight = float(call.training)
-    passed, indices, loss = functional.vector_quantize(
+    passed, indices, loss, *counts = functional.vector_quantize(
         rows if call.training else rows.detach(),
         codes if call.taught else codes.detach(),
         metric=book.metric,
         commitment_weight=weight,
         codebook_weight=weight if call.taught else 0.0,
         mask=mask,
+        # Where no rows are summed, the counts are all that is learnt of them.
+        return_counts=call.training and not call.frozen and not book.writes(call.ema_update),
     )
     if call.taught:
         loss = loss - loss.detach() / 2  # one mean((x - q)^2), with the gradients of both its halves
     attached = codes.requires_grad and torch.is_grad_enabled()
     values = book.lookup(codes, indices).to(rows.dtype) if attached else passed.detach()
-    return Chosen(indices, passed, values, loss, None)
+    return Chosen(indices, passed, values, loss, None, *counts)

@@ -216,6 +216,7 @@ class Codebook(nn.Module):
         weight: EmaWeight | None = None,
         accumulate: bool = False,
         ema_update: bool | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Learn from rows: move the averages and the codes, replace dead codes. NaN and infinite rows teach nothing.
 
@@ -227,7 +228,11 @@ class Codebook(nn.Module):
                 counts (H, K) that gives one.
             accumulate: keep the sums, in `grad` of the averages, for the next step that does not.
             ema_update: whether codes follow the averages; None asks the constructor's.
+            counts: (H, K), how many rows took each code, where that is known; of use where nothing else is learnt.
         """
+        if counts is not None and not self.writes(ema_update):
+            self.counts.copy_(counts)
+            return
         kept = finite(rows, mask)
         if not self.writes(ema_update):
             counts, _ = code_sums(rows[..., :1], indices, self.codebook_size, mask=kept, per_head=True)

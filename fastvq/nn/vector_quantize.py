@@ -579,6 +579,7 @@ class VectorQuantize(nn.Module):
             weight=call.ema_weight,
             accumulate=call.accumulate,
             ema_update=call.ema_update,
+            counts=chosen.counts,
         )
 
     @torch.compiler.disable

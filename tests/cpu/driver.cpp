@@ -11,7 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/code_counts.h"
 #include "../../csrc/cpu/operators.h"
+#include "../../csrc/cpu/parallel.h"
 #include "../../csrc/cpu/row_kernel.h"
 
 using namespace fastvq;
@@ -120,12 +122,12 @@ void compare(Matrix& x, Matrix& c, Metric metric, int threads, const std::string
 void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
   const std::int64_t n = x.rows, k = c.rows, d = x.width;
   std::vector<float> quantized(n * d), grad_x(n * d), grad_codebook(k * d), counts(k), sums(k * d), ones(n * d, 1.0f);
-  std::vector<std::int64_t> indices(n), stage_indices(n * 2);
+  std::vector<std::int64_t> indices(n), stage_indices(n * 2), taken(k, -1);
   std::vector<std::uint8_t> mask(n);
   for (std::int64_t i = 0; i < n; ++i) mask[i] = i % 3 != 0;
   float loss = 0, losses[2] = {};
   vector_quantize(x.tensor(), c.tensor(), false, Metric::kEuclidean, 1.25, mask.data(), quantized.data(),
-                  indices.data(), flat(&loss, {}), threads);
+                  indices.data(), flat(&loss, {}), taken.data(), threads);
   vector_quantize_backward(flat(ones.data(), {n, d}), 1.0, x.tensor(), c.tensor(), false, indices.data(), mask.data(),
                            1.0, 0.25, grad_x.data(), grad_codebook.data(), threads);
   code_sums(x.tensor(), false, indices.data(), mask.data(), flat(counts.data(), {k}), sums.data(), threads);
@@ -140,6 +142,8 @@ void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
       if (std::memcmp(&quantized[i * d + j], &c.at(indices[i], j), sizeof(float)) != 0)
         return fail(what + ": quantized is not the code");
   }
+  for (std::int64_t i = 0; i < k; ++i)
+    if (taken[i] != static_cast<std::int64_t>(counts[i])) return fail(what + ": counts of vector_quantize");
   for (float count : counts) counted += count;
   if (counted != kept) fail(what + ": counts");
   std::vector<float> both(2 * k * d);
@@ -216,6 +220,20 @@ void chunked_case(std::mt19937_64& random, float spread) {
     for (std::int64_t j = 0; j < c.width; ++j) c.at(k, j) = x.at(k % x.rows, j) + 1e-4f * normal(random);
   compare(x, c, Metric::kEuclidean, 2, "several chunks");
   compare(x, c, Metric::kDot, 2, "several chunks, dot");
+}
+
+// Threads that count each by itself, and together.
+void counts_case() {
+  for (std::int64_t codes : {std::int64_t{7}, std::int64_t{1} << 19}) {
+    std::vector<std::int64_t> counts(codes, -1);
+    CodeCounts all(counts.data(), codes, 3);
+    parallel(700, 3, [&](Tasks& tasks) {
+      CodeCounts::Share share(all);
+      for (std::int64_t task; tasks.next(&task);) share.add(task % 7);
+    });
+    for (std::int64_t k = 0; k < codes; ++k)
+      if (counts[k] != (k < 7 ? 100 : 0)) return fail("counts of " + std::to_string(codes) + " codes");
+  }
 }
 
 constexpr std::int64_t kRows = 9;  // enough that they do not count as few
@@ -367,6 +385,7 @@ int main(int argc, char** argv) {
     chunked_case(random, 1);
     chunked_case(random, 30);
     few_rows_case(random);
+    counts_case();
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
     int8_bound_case();

@@ -182,6 +182,16 @@ __global__ void exchange_for_barrier(const int* in, int* out, bool fault) {
   out[threadIdx.x] = all == kAll ? values[threadIdx.x ^ 31] : 0;
 }
 
+// Atomics of many threads on one number are no race; reading it before a barrier is.
+__global__ void atomic_read_at_once(const int* in, int* out, bool fault) {
+  __shared__ int together;
+  if (threadIdx.x == 0) together = 0;
+  __syncthreads();
+  atomicOr(&together, 1 << threadIdx.x % 8);
+  if (!fault) __syncthreads();
+  out[threadIdx.x] = in[127 - threadIdx.x] + (together > 0 ? 0 : 1);
+}
+
 __global__ void not_cleared(const int* in, int* out, bool fault) {
   __shared__ int values[128];
   if (!fault) values[threadIdx.x] = 0;
@@ -249,6 +259,7 @@ const Case kCases[] = {
     {"written_again_in_a_warp", written_again_in_a_warp},
     {"barrier_of_a_warp", barrier_of_a_warp},
     {"exchange_for_barrier", exchange_for_barrier},
+    {"atomic_read_at_once", atomic_read_at_once},
     {"not_cleared", not_cleared},
     {"dynamic_past_its_size", dynamic_past_its_size},
     {"static_past_its_size", static_past_its_size},

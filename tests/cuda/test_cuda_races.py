@@ -49,6 +49,9 @@ def test_the_other_operators():
     x, codebook = make("gaussian", 300, 40, 24)
     indices = torch.randint(40, (300,))
     cuda.gather(x, codebook, indices, 1.0, None)
+    x[::7, 5] = torch.nan
+    cuda.gather(x, codebook, indices, 1.0, None, torch.zeros(40, dtype=torch.int64))
+    x[::7, 5] = 0.0
     cuda.vector_quantize_backward(x, torch.tensor(1.0), x, codebook, indices, None, 0.5, 1.0, True, True)
     counts, sums = cuda.code_sums(x, indices, 40, None, False)
     cuda.ema_update_(codebook.clone(), counts + 1, sums.clone(), counts, sums, 0.9, 1e-5)

@@ -47,7 +47,10 @@ def test_a_seeded_fault_is_caught_and_the_kernel_without_it_passes(faults, name)
         assert any(caught), f"{variant}: {wrong.stdout}{wrong.stderr}"
 
 
-HIDDEN = ("same_value", "written_again", "written_again_in_a_warp", "barrier_of_a_warp", "exchange_for_barrier")
+HIDDEN = (
+    *["same_value", "written_again", "written_again_in_a_warp", "barrier_of_a_warp", "exchange_for_barrier"],
+    "atomic_read_at_once",
+)
 RACES = ("reverse", "reverse_twice", "reverse_warp", "race_between_warps", "copy_in_flight", *HIDDEN)
 
 

@@ -63,11 +63,12 @@ def test_every_index_on_real_tiles(engine, family, dtype):
 def test_the_layer_and_its_gradients(engine, dtype):
     x, codebook = example(5000, 200, 48, dtype)
     mask = torch.rand(len(x)) < 0.9
-    wanted = reference.vector_quantize(x, codebook, "euclidean", 0.25, 0.7, mask)
+    wanted = reference.vector_quantize_counted(x, codebook, "euclidean", 0.25, 0.7, mask)
     tensors = on_device(x, codebook, mask)
     with no_host_sync():
-        found = engine.vector_quantize(*tensors[:2], "euclidean", 0.25, 0.7, tensors[2])
+        found = engine.vector_quantize_counted(*tensors[:2], "euclidean", 0.25, 0.7, tensors[2])
     assert_same_bits(found[0], wanted[0])
+    assert found[3].tolist() == wanted[3].tolist()
     assert_same_indices(found[1], wanted[1])
     torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-6, atol=0)
     upstream, one = torch.randn(x.shape).to(x.dtype), torch.ones((), dtype=wanted[2].dtype)

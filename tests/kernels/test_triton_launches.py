@@ -49,6 +49,7 @@ def test_no_operator_waits_for_the_device(n, levels):
     search = ["frame_kernel", "pack_codes_kernel", "screen_kernel", "rescore_kernel", "whole_kernel"] if n else []
     forward = launched(lambda: triton.vector_quantize(x, codebook, "euclidean", 0.25, 1.0, mask))
     assert forward == [*search, "gather_kernel", "loss_kernel"]
+    assert launched(lambda: triton.vector_quantize_counted(x, codebook, "euclidean", 0.25, 1.0, mask)) == forward
     forward = launched(lambda: triton.residual_quantize(x, codebooks, "euclidean"))
     search = ["frame_kernel", "pack_codes_kernel", "stages_kernel", "whole_kernel", "gather_stages_kernel"] if n else []
     assert forward == [*search, "loss_kernel"]

@@ -24,6 +24,13 @@ def wanted_gather(x, codebook, indices, weight, mask):
     return quantized, loss.to(reference.working_dtype(x, codebook))
 
 
+def wanted_counts(x, codebook, indices, mask):
+    """How many finite rows that the mask keeps have each index."""
+    kept = x.isfinite().all(-1)
+    kept = kept if mask is None else kept & mask
+    return reference.code_sums(x, indices, codebook.shape[-2], kept, codebook.dim() == 3)[0]
+
+
 def check(x, codebook, mask=None, guard="end", weights=(0.25, 0.7), needs=(True, True)):
     """Forward (after the search) and backward against the reference, every tensor next to a forbidden page."""
     size = codebook.shape[-2]
@@ -32,14 +39,20 @@ def check(x, codebook, mask=None, guard="end", weights=(0.25, 0.7), needs=(True,
     grad_loss = torch.tensor(0.3, dtype=reference.working_dtype(x, codebook))
     rest = (*weights, *needs)
     quantized, loss = wanted_gather(x, codebook, indices, sum(weights), mask)
+    taken = wanted_counts(x, codebook, indices, mask)
     wanted = reference.vector_quantize_backward(upstream, grad_loss, x, codebook, indices, mask, *rest)
 
     x, codebook, indices, upstream = (guarded(t, guard) for t in (x, codebook, indices, upstream))
     mask = None if mask is None else guarded(mask, guard)
     with GuardedAllocations(guard):
         mine, my_loss = kernels.gather(x, codebook, indices, sum(weights), mask)
+        counts = guarded(torch.zeros(codebook.shape[:-1], dtype=torch.int64), guard)
+        again = kernels.gather(x, codebook, indices, sum(weights), mask, counts)
         found = triton.vector_quantize_backward(upstream, guarded(grad_loss), x, codebook, indices, mask, *rest)
     assert_same_bits(mine, quantized, "quantized")
+    for counted, alone in zip(again, (mine, my_loss), strict=True):
+        assert_same_bits(counted, alone, "with counts")
+    assert counts.tolist() == taken.tolist()
     torch.testing.assert_close(my_loss.cpu(), loss, rtol=2 * torch.finfo(loss.dtype).eps, atol=0, equal_nan=True)
     for gradient, right, name in zip(found, wanted, ("x", "codebook"), strict=True):
         assert_same_bits(gradient, right, f"gradient of {name}")
@@ -96,11 +109,15 @@ def test_strided_inputs(view):
 @pytest.mark.parametrize("metric", ["euclidean", "dot", "cosine"])
 def test_the_whole_operator(metric):
     x, codebook, mask = *make("gaussian", 9, 17, 5, heads=2), torch.rand(2, 9) < 0.6
-    wanted = reference.vector_quantize(x, codebook, metric, 0.25, 0.7, mask)
+    wanted = reference.vector_quantize_counted(x, codebook, metric, 0.25, 0.7, mask)
     with GuardedAllocations():
-        found = triton.vector_quantize(guarded(x), guarded(codebook), metric, 0.25, 0.7, guarded(mask))
+        tensors = guarded(x), guarded(codebook), metric, 0.25, 0.7, guarded(mask)
+        plain, found = triton.vector_quantize(*tensors), triton.vector_quantize_counted(*tensors)
     assert_same_bits(found[0], wanted[0])
     assert found[1].tolist() == wanted[1].tolist()
+    assert found[3].tolist() == wanted[3].tolist()
+    for counted, alone in zip(found[:3], plain, strict=True):
+        assert_same_bits(counted, alone)
     torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-6, atol=0)
 
 

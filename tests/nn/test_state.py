@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from common import CODES, DIM, assert_same, pair, step
-from torch import nn
+from torch import Tensor, nn
 
 import fastvq
+from fastvq import functional
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,33 @@ def test_usage_and_perplexity_of_the_last_step() -> None:
     learnable(learnable.codebook.detach())
     assert (learnable.codebook_usage.shape, learnable.codebook_usage.item()) == ((), 1)
     assert learnable.perplexity.item() == pytest.approx(CODES, rel=1e-6)
+
+
+def test_codes_that_learn_by_gradient_are_counted_in_the_pass_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts of `code_sums`: of rows that are finite and that the mask keeps."""
+    options = {"heads": 2, "codebook_dim": 3, "separate_codebook_per_head": True}
+    layer, _ = pair(**options, learnable_codebook=True, ema_update=False)
+    x, mask = torch.randn(3, 20, DIM), torch.rand(3, 20) < 0.7
+    x[0, 3, 1], x[1, 0] = torch.nan, torch.inf
+    mask[0, 3] = mask[1, 0] = True
+
+    def counts_of(call: Callable[..., object]) -> Tensor:
+        layer._codebook.counts.fill_(-1)
+        call(x, mask=mask)
+        return layer._codebook.counts.clone()
+
+    quantize = functional.vector_quantize
+
+    def without_counts(*given: Any, return_counts: bool, **rest: Any) -> tuple[Tensor, ...]:
+        return quantize(*given, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "vector_quantize", without_counts)
+        wanted = counts_of(layer)
+    assert wanted.sum() == 2 * (mask.sum() - 2)
+    monkeypatch.setattr("fastvq.nn.codebook.code_sums", lambda *given, **rest: pytest.fail("another pass"))
+    assert torch.equal(counts_of(layer), wanted)
+    assert torch.equal(counts_of(torch.compile(layer, fullgraph=True, backend="aot_eager")), wanted)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"heads": 2, "codebook_dim": 3}], ids=str)

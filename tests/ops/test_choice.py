@@ -46,6 +46,7 @@ def test_the_problem_of_each_operator():
     calls = {
         "search": (x, codebook, "euclidean", False, "exact"),
         "vector_quantize": (x, codebook, "euclidean", 1.0, 1.0, None),
+        "vector_quantize_counted": (x, codebook, "euclidean", 1.0, 1.0, None),
         "vector_quantize_backward": (x, loss, x, codebook, indices, None, 1.0, 1.0, True, True),
         "code_sums": (x, indices, 3, None, True),
         "residual_quantize": (x, codebooks, "euclidean"),

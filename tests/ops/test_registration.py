@@ -36,6 +36,7 @@ def calls(dtype="float32", heads=None):
         "search without distances": (x, codebook, "dot", False, "fast", None),
         "vector_quantize": (x, codebook, "euclidean", 0.5, 1.5, mask, None),
         "vector_quantize without mask": (x, codebook, "cosine", 1.0, 0.0, None, None),
+        "vector_quantize_counted": (x, codebook, "euclidean", 0.5, 1.5, mask, None),
         "vector_quantize_backward": (upstream, loss, x, codebook, indices, mask, 0.5, 1.5, True, True, None),
         "vector_quantize_backward to x": (upstream, loss, x, codebook, indices, None, 0.5, 1.5, True, False, None),
         "code_sums": (x, indices, 7, mask, heads is not None, None),
@@ -112,7 +113,7 @@ def test_no_operator_returns_its_inputs(backend):
 
 
 def training_step(x, codebook, cluster_size, embed_avg, mask, codebooks):
-    """All five functions, as a layer would call them."""
+    """All five functions, as layers would call them."""
     quantized, indices, loss = fastvq.vector_quantize(x, codebook, codebook_weight=0.5, mask=mask)
     counts, sums = fastvq.code_sums(x, indices, codebook.shape[0], mask=mask)
     with torch.no_grad():
@@ -120,8 +121,9 @@ def training_step(x, codebook, cluster_size, embed_avg, mask, codebooks):
         fastvq.ema_update_(fresh, cluster_size, embed_avg, counts, sums, decay=0.9)
     nearest, distances = fastvq.search(quantized, fresh, return_distance=True)
     residual, stages, losses = fastvq.residual_quantize(x * 2, codebooks)
-    total = (quantized * 3).sum() + loss + (residual * x).sum() + losses.sum()
-    return total, (quantized, indices, loss, fresh, nearest, distances, residual, stages, losses)
+    again, _, learnt, taken = fastvq.vector_quantize(x, codebook, codebook_weight=1.0, mask=mask, return_counts=True)
+    total = (quantized * 3).sum() + loss + (residual * x).sum() + losses.sum() + (again * x).sum() + learnt
+    return total, (quantized, indices, loss, fresh, nearest, distances, residual, stages, losses, taken)
 
 
 def inputs(requires_grad=True):

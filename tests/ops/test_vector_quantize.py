@@ -197,6 +197,87 @@ def test_masks_of_any_strides(backend, layout):
     torch.testing.assert_close(found, naive(x, codebook, mask=mask.contiguous())[2])
 
 
+# ---- counts -----------------------------------------------------------------------------------------------------
+
+
+def check_counts(backend, x, codebook, mask=None, **options):
+    """The counts beside the other outputs as they are without, and those of `code_sums` for rows that are finite."""
+    plain = fastvq.vector_quantize(x, codebook, mask=mask, **options, backend=backend)
+    *same, counts = fastvq.vector_quantize(x, codebook, mask=mask, **options, return_counts=True, backend=backend)
+    for mine, right in zip(same, plain, strict=True):
+        assert_same_bits(mine, right)
+    finite = x.isfinite().all(-1)
+    kept = finite if mask is None else finite & mask
+    heads = codebook.dim() == 3
+    wanted, _ = fastvq.code_sums(x, plain[1], codebook.shape[-2], mask=kept, per_head=heads, backend=backend)
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == wanted.tolist()
+    return counts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["clustered", "not_finite", "huge", "largest"])
+def test_counts_are_those_of_code_sums(backend, family, dtype):
+    for n, k, d in ((252, 33, 7), (45, 1, 1), (1, 7, 64)):
+        x, codebook = make(family, n, k, d, dtype, seed=n)
+        mask = torch.rand(n) < 0.6
+        check_counts(backend, x, codebook)
+        check_counts(backend, x, codebook, mask, metric="dot")
+        x[mask.logical_not().logical_and(torch.rand(n) < 0.5)] = torch.nan
+        check_counts(backend, x, codebook, mask)
+
+
+def test_a_row_that_is_not_finite_is_not_counted(backend):
+    x, codebook = torch.randn(9, 40), torch.randn(5, 40)
+    x[2, 39], x[4, 0], x[5, 17], x[5, 18] = torch.nan, torch.inf, -torch.inf, torch.inf
+    assert check_counts(backend, x, codebook).sum() == 6
+    everything = torch.full((9, 40), torch.nan)
+    assert check_counts(backend, everything, codebook).tolist() == [0] * 5
+    assert check_counts(backend, x, everything[:5]).tolist() == [6, 0, 0, 0, 0]  # no code is nearest: the first
+
+
+def test_counts_of_heads_strides_and_no_rows(backend):
+    x, codebook = make("gaussian", 30, 9, 6, seed=6, heads=3)
+    mask = torch.rand(3, 5, 6) < 0.5
+    assert check_counts(backend, x.reshape(3, 5, 6, 6), codebook, mask).shape == (3, 9)
+    images = torch.randn(3, 6, 5, 7)
+    check_counts(backend, images.permute(0, 2, 3, 1), torch.randn(6, 40).t(), (torch.rand(3, 5, 14) < 0.5)[..., ::2])
+    check_counts(backend, torch.randn(6).expand(50, 6), codebook[0].bfloat16())
+    assert check_counts(backend, x[:, :0], codebook).tolist() == [[0] * 9] * 3
+    assert check_counts(backend, x[0, :0], codebook[0], mask[0, 0, :0]).tolist() == [0] * 9
+
+
+# Codes of a few rows: of so many that threads count together, and so few that each counts by itself.
+@pytest.mark.parametrize(("n", "k"), [(9001, 130), (200, 1 << 18)])
+def test_counts_on_many_threads(n, k):
+    x, codebook = torch.randn(n, 2), torch.randn(k, 2)
+    codebook[k // 2 :] = codebook[0]
+    x[::2] = codebook[0]
+    for number in (1, 2, 7):
+        with threads(number):
+            assert check_counts("cpu", x, codebook)[0] >= n // 2
+
+
+def test_counts_stay_exact_where_float32_stops():
+    n = (1 << 24) + 1
+    *_, counts = fastvq.vector_quantize(torch.ones(1).expand(n, 1), torch.ones(1, 1), return_counts=True, backend="cpu")
+    assert counts.tolist() == [n]
+
+
+def test_counts_have_no_gradient(backend):
+    x, codebook = make("gaussian", 30, 9, 4, "float64", seed=3)
+    upstream = torch.randn_like(x)
+    wanted = gradients(fastvq.vector_quantize, x, codebook, upstream, 2.0, codebook_weight=0.5, backend=backend)
+
+    def counted(x, codebook):
+        *outputs, counts = fastvq.vector_quantize(x, codebook, codebook_weight=0.5, return_counts=True, backend=backend)
+        assert not counts.requires_grad
+        return outputs
+
+    for mine, right in zip(gradients(counted, x, codebook, upstream, 2.0), wanted, strict=True):
+        assert_same_bits(mine, right)
+
+
 # ---- layouts, heads, threads ------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,8 @@ struct SharedRange {
 void watch(SharedRange dynamic, SharedRange variables);
 void order_block();
 void order_warp(unsigned warp);
-void touch(const void* address, std::size_t bytes, bool write);
+enum class Touch { kRead, kWrite, kAtomic };
+void touch(const void* address, std::size_t bytes, Touch how);
 void fly(const void* target, std::size_t bytes, bool flying);
 bool running(unsigned* thread);  // whether a thread of a block is, and its number
 
@@ -298,15 +299,17 @@ FASTVQ_SHIM_REDUCE(__reduce_or_sync, unsigned, a | b)
 FASTVQ_SHIM_REDUCE(__reduce_and_sync, unsigned, a& b)
 #undef FASTVQ_SHIM_REDUCE
 
-// ---- atomics: one fiber runs at a time -----------------------------------------------------------------------------
+// ---- atomics: one fiber runs at a time; their own accesses are not announced as reads and writes -------------------
 
-#define FASTVQ_SHIM_ATOMIC(name, expression)        \
-  template <class T>                                \
-  T name(T* address, std::common_type_t<T> value) { \
-    shim::check_aligned(address, sizeof(T), #name); \
-    const T old = *address;                         \
-    *address = static_cast<T>(expression);          \
-    return old;                                     \
+#define FASTVQ_SHIM_UNANNOUNCED __attribute__((noinline, no_sanitize_thread))
+#define FASTVQ_SHIM_ATOMIC(name, expression)                                \
+  template <class T>                                                        \
+  FASTVQ_SHIM_UNANNOUNCED T name(T* address, std::common_type_t<T> value) { \
+    shim::check_aligned(address, sizeof(T), #name);                         \
+    shim::touch(address, sizeof(T), shim::Touch::kAtomic);                  \
+    const T old = *address;                                                 \
+    *address = static_cast<T>(expression);                                  \
+    return old;                                                             \
   }
 FASTVQ_SHIM_ATOMIC(atomicAdd, old + value)
 FASTVQ_SHIM_ATOMIC(atomicMin, value < old ? value : old)
@@ -316,12 +319,14 @@ FASTVQ_SHIM_ATOMIC(atomicAnd, old& value)
 FASTVQ_SHIM_ATOMIC(atomicExch, value)
 #undef FASTVQ_SHIM_ATOMIC
 template <class T>
-T atomicCAS(T* address, std::common_type_t<T> compare, std::common_type_t<T> value) {
+FASTVQ_SHIM_UNANNOUNCED T atomicCAS(T* address, std::common_type_t<T> compare, std::common_type_t<T> value) {
   shim::check_aligned(address, sizeof(T), "atomicCAS");
+  shim::touch(address, sizeof(T), shim::Touch::kAtomic);
   const T old = *address;
   if (old == compare) *address = value;
   return old;
 }
+#undef FASTVQ_SHIM_UNANNOUNCED
 
 // ---- arithmetic by name --------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 // Races for shared memory, found by what orders two accesses and not by what came out: each byte remembers its last
-// writer and its readers, with the barriers of block and warp that had passed by then.
+// writer, its readers and those who change it by atomics, with the barriers of block and warp that had passed by then.
 //
 // -fsanitize=thread makes the compiler announce each access by a call; here these calls end up, and the sanitizer's own
 // library is never linked.
@@ -20,7 +20,7 @@ struct Access {
   unsigned of_warp = 0;               // kMany: threads of several warps
 };
 struct Byte {
-  Access write, read;
+  Access write, read, atomic;
   bool flying = false;
 };
 
@@ -75,18 +75,21 @@ void order_warp(unsigned warp) {
   ++warp_barriers[warp];
 }
 
-void touch(const void* address, std::size_t bytes, bool write) {
+// Atomics race with what reads and writes, not with each other.
+void touch(const void* address, std::size_t bytes, Touch how) {
   unsigned me;
   if (!running(&me)) return;
   for_bytes(address, bytes, [&](Byte& byte) {
-    const char* verb = write ? "writes" : "reads";
+    const char* verb = how == Touch::kRead ? "reads" : how == Touch::kWrite ? "writes" : "changes by an atomic";
     if (byte.flying) fail("race: it %s shared memory that a copy is in flight to", verb);
     if (races(byte.write, me)) fail("race: it %s shared memory that thread %u writes", verb, byte.write.thread);
-    if (write && races(byte.read, me)) fail("race: it writes shared memory that another thread reads");
-    if (write) {
+    if (how != Touch::kRead && races(byte.read, me)) fail("race: it %s shared memory that another thread reads", verb);
+    if (how != Touch::kAtomic && races(byte.atomic, me))
+      fail("race: it %s what another thread changes by an atomic", verb);
+    if (how == Touch::kWrite) {
       byte.write = {block_barriers, warp_barriers[me / kWarp], me, me / kWarp};
     } else {
-      note(byte.read, me);
+      note(how == Touch::kRead ? byte.read : byte.atomic, me);
     }
   });
 }
@@ -99,16 +102,16 @@ void fly(const void* target, std::size_t bytes, bool flying) {
 
 #define FASTVQ_SHIM_ANNOUNCED(size)                  \
   void __tsan_read##size(void* address) {            \
-    shim::touch(address, size, false);               \
+    shim::touch(address, size, shim::Touch::kRead);  \
   }                                                  \
   void __tsan_write##size(void* address) {           \
-    shim::touch(address, size, true);                \
+    shim::touch(address, size, shim::Touch::kWrite); \
   }                                                  \
   void __tsan_unaligned_read##size(void* address) {  \
-    shim::touch(address, size, false);               \
+    shim::touch(address, size, shim::Touch::kRead);  \
   }                                                  \
   void __tsan_unaligned_write##size(void* address) { \
-    shim::touch(address, size, true);                \
+    shim::touch(address, size, shim::Touch::kWrite); \
   }
 extern "C" {
 FASTVQ_SHIM_ANNOUNCED(1)
@@ -117,10 +120,10 @@ FASTVQ_SHIM_ANNOUNCED(4)
 FASTVQ_SHIM_ANNOUNCED(8)
 FASTVQ_SHIM_ANNOUNCED(16)
 void __tsan_read_range(void* address, std::size_t bytes) {
-  shim::touch(address, bytes, false);
+  shim::touch(address, bytes, shim::Touch::kRead);
 }
 void __tsan_write_range(void* address, std::size_t bytes) {
-  shim::touch(address, bytes, true);
+  shim::touch(address, bytes, shim::Touch::kWrite);
 }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}

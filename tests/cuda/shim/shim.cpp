@@ -458,7 +458,7 @@ void async_copy(void* target, const void* source, std::size_t bytes, std::size_t
   check_aligned(target, bytes, "cp.async, target");
   check_aligned(source, bytes, "cp.async, source");
   const Copy copy = {target, source, bytes, valid};
-  touch(target, bytes, true);
+  touch(target, bytes, Touch::kWrite);
   fly(target, bytes, true);
   poison(target, bytes);
   forbid(copy, true);
@@ -476,7 +476,7 @@ void async_wait(unsigned newest_groups_left) {
     for (const Copy& copy : groups.front()) {
       forbid(copy, false);
       fly(copy.target, copy.bytes, false);
-      touch(copy.target, copy.bytes, true);
+      touch(copy.target, copy.bytes, Touch::kWrite);
       std::memset(copy.target, 0, copy.bytes);
       std::memcpy(copy.target, copy.source, copy.valid);
     }
