@@ -65,15 +65,15 @@ struct NotFinite {
   __device__ __forceinline__ std::uint32_t bit_of(std::int64_t row) const { return 1u << ((row - first) % 32); }
 };
 
-// Grid (blocks, H); shared memory for NotFinite where there are counts (H, K).
-template <class X, class C, int V>
+// Grid (blocks, H); to count, shared memory for NotFinite, and counts (H, K).
+template <class X, class C, int V, bool Count>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(Rows x, Rows codes, const std::int64_t* indices, const std::uint8_t* mask, X* quantized, double* sums,
                   unsigned long long* counts, std::int64_t rows, std::int64_t K, int D) {
   __shared__ double parts[kThreads / 32];
   const std::int64_t head = blockIdx.y, N = x.count, first = static_cast<std::int64_t>(blockIdx.x) * rows;
   NotFinite not_finite = {dynamic_shared<std::uint32_t>(), first};
-  if (counts) not_finite.clear(rows);
+  if constexpr (Count) not_finite.clear(rows);
   double squares = 0;
   for (Walk<V> at(rows, N, D); at.more(); at.next()) {
     const std::int64_t row = head * N + at.row, column = at.piece * V;
@@ -87,13 +87,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const double difference = widen(value.values[v]) - widen(code.values[v]);
       sum += difference * difference;
       out.values[v] = narrow<X>(widen(code.values[v]));
-      if (counts) finite = finite && is_finite(widen(value.values[v]));
+      if constexpr (Count) finite = finite && is_finite(widen(value.values[v]));
     }
     if (!mask || mask[row]) squares += sum;
-    if (counts && !finite) not_finite.add(at.row);
+    if (Count && !finite) not_finite.add(at.row);
     *reinterpret_cast<Vector<X, V>*>(quantized + row * D + column) = out;
   }
-  if (counts) {
+  if constexpr (Count) {
     // Integers add up alike in any order, so that atomics leave the result what it is.
     __syncthreads();
     for (std::int64_t n = first + threadIdx.x; n < min(first + rows, N); n += kThreads) {
@@ -288,9 +288,10 @@ void gather(const Rows& x, const Rows& codes, const std::int64_t* indices, const
   by_types(x, codes, D, nullptr, quantized, [&](auto x_tag, auto code_tag, auto v) {
     using X = typename decltype(x_tag)::type;
     using C = typename decltype(code_tag)::type;
-    launch(gather_kernel<X, C, decltype(v)::value>, grid_of(x.count, D, heads), kThreads, shared, stream_of(stream), x,
-           codes, indices, mask, static_cast<X*>(quantized), parts, reinterpret_cast<unsigned long long*>(counts), rows,
-           K, D);
+    const auto kernel =
+        counts ? gather_kernel<X, C, decltype(v)::value, true> : gather_kernel<X, C, decltype(v)::value, false>;
+    launch(kernel, grid_of(x.count, D, heads), kThreads, shared, stream_of(stream), x, codes, indices, mask,
+           static_cast<X*>(quantized), parts, reinterpret_cast<unsigned long long*>(counts), rows, K, D);
   });
   launch(loss_kernel, 1, kThreads, 0, stream_of(stream), parts, heads * loss_parts(x.count, D), kept, heads * x.count,
          weight, D, loss, loss_type);
