@@ -136,23 +136,15 @@ def search_counts(x: Tensor, codebook: Tensor) -> SearchCounts:
 
 
 def vector_quantize(
-    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    commitment_weight: float,
+    codebook_weight: float,
+    mask: Tensor | None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar."""
-    return _quantize(x, codebook, metric, commitment_weight + codebook_weight, mask, None)
-
-
-def vector_quantize_counted(
-    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
-    counts = _empty(codebook.shape[:-1], torch.int64)
-    return *_quantize(x, codebook, metric, commitment_weight + codebook_weight, mask, counts), counts
-
-
-def _quantize(
-    x: Tensor, codebook: Tensor, metric: str, weight: float, mask: Tensor | None, counts: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized (..., D) in the dtype of x, indices (...), and the loss, a scalar; `counts` ([H,] K) is filled in."""
     x, codebook, mask = _readable(x), _readable(codebook), _dense(mask)
     quantized = _empty(x.shape, x.dtype)
     indices = _empty(x.shape[:-1], torch.int64)
@@ -162,7 +154,7 @@ def _quantize(
         _pass(codebook),
         codebook.dim() == 3,
         metric != "euclidean",
-        weight,
+        commitment_weight + codebook_weight,
         _address(mask),
         quantized.data_ptr(),
         indices.data_ptr(),
@@ -171,6 +163,14 @@ def _quantize(
         torch.get_num_threads(),
     )
     return quantized, indices, loss
+
+
+def vector_quantize_counted(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and how many finite rows that the mask keeps took each code: counts ([H,] K), int64."""
+    counts = _empty(codebook.shape[:-1], torch.int64)
+    return *vector_quantize(x, codebook, metric, commitment_weight, codebook_weight, mask, counts), counts
 
 
 def vector_quantize_backward(
