@@ -122,11 +122,12 @@ __device__ __forceinline__ void add_halves(float (&sum)[G], bool upper, int bit)
   }
 }
 
-// Scores the codes of one group a quad, each lane a quarter of the dimensions, and then a quarter of the codes.
-// `size` bounds the sum of the magnitudes of a dot product's terms.
-template <class P>
+// Scores the codes of one group a quad, each lane a quarter of the dimensions, and then a quarter of the codes, of
+// which meet(low, high, code) gets the ends of an interval. `size` bounds the sum of the magnitudes of a dot product's
+// terms.
+template <class P, class F>
 __device__ __forceinline__ void score_group(const ScreenArguments& a, const typename P::Code* codebook, std::int64_t at,
-                                            const Turns& turn, float size, Standing& standing) {
+                                            const Turns& turn, float size, F meet) {
   constexpr int G = P::kGroup;
   const int t = turn.lane & 3;
   const std::int64_t first = static_cast<std::int64_t>(turn.group) * G;
@@ -158,23 +159,33 @@ __device__ __forceinline__ void score_group(const ScreenArguments& a, const type
     const float error = (a.euclidean ? sum[k] : size) * ((a.D + 8) * 0x1p-24f) + a.D * 0x1p-120f;
     const bool certain = is_finite(sum[k] + error);
     if (turn.active && code < a.K) {
-      standing.meet(certain ? sum[k] - error : -inf(), certain ? sum[k] + error : inf(), static_cast<int>(code));
+      meet(certain ? sum[k] - error : -inf(), certain ? sum[k] + error : inf(), static_cast<int>(code));
     }
   }
 }
+
+// The best of the codes that were scored by the contract: kNobody where every score is infinite or NaN.
+struct Canonical {
+  double score = inf();
+  int code = kNobody;
+
+  __device__ __forceinline__ void meet(double other, int other_code) {
+    if (other < score || (other == score && other_code < code && other < inf())) {
+      score = other;
+      code = other_code;
+    }
+  }
+  __device__ __forceinline__ void meet_lane(int bit) {
+    const double other = __shfl_xor_sync(kAllLanes, score, bit);
+    meet(other, __shfl_xor_sync(kAllLanes, code, bit));
+  }
+};
 
 // The canonical best among the codes of the groups that a quad has listed.
 template <class P>
 __device__ __forceinline__ int settle_by_contract(const ScreenArguments& a, const typename P::Code* codebook,
                                                   std::int64_t at, Turns turn, int first, int second) {
-  double winning = inf();
-  int winner = kNobody;
-  const auto meet = [&](double score, int code) {
-    if (score < winning || (score == winning && code < winner && score < inf())) {
-      winning = score;
-      winner = code;
-    }
-  };
+  Canonical best;
   while (turn.next(first, second)) {
     if (!turn.active) continue;
 #pragma unroll 1
@@ -182,16 +193,12 @@ __device__ __forceinline__ int settle_by_contract(const ScreenArguments& a, cons
       const std::int64_t code = static_cast<std::int64_t>(turn.group) * P::kGroup + k;
       if (code >= a.K) break;
       const double score = canonical(a.x, at, codebook + code * a.D, a.D, a.euclidean);
-      meet(ranked(score, a.euclidean), static_cast<int>(code));
+      best.meet(ranked(score, a.euclidean), static_cast<int>(code));
     }
   }
-#pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const double score = __shfl_xor_sync(kAllLanes, winning, bit);
-    const int code = __shfl_xor_sync(kAllLanes, winner, bit);
-    meet(score, code);
-  }
-  return winner;
+  best.meet_lane(1);
+  best.meet_lane(2);
+  return best.code;
 }
 
 // The three smallest packed group minima that a thread has seen of one row.
@@ -211,6 +218,15 @@ struct Smallest {
 struct Lengths {
   float norm, residual;  // of the row's operand, in units of the codes' scale
 };
+
+// A bound of the sum of the magnitudes of the terms of the row's dot product with any code.
+template <class P>
+__device__ __forceinline__ float magnitude(const CodebookFigures& book, const Lengths& row) {
+  float scale = 1.0f;
+  if constexpr (P::kOperand != Operand::stored) scale = power_of_two(__uint_as_float(book.reach));
+  const float codes = __uint_as_float(book.norm) + __uint_as_float(book.residual);
+  return (row.norm + row.residual) / scale * (codes / scale);
+}
 
 // Settles one row a quad by certificate, re-score, and the contract where that leaves two: its code, kNobody where
 // every distance is infinite or NaN, or kWhole. `head` is that of the codebook, `at` where the row starts.
@@ -233,11 +249,12 @@ __device__ __forceinline__ int settle(const ScreenArguments& a, std::int64_t hea
 
   const auto* codebook = static_cast<const typename P::Code*>(a.codebook) + head * a.K * a.D;
   Standing standing{inf(), inf(), inf(), kNobody};
-  float scale = 1.0f;
-  if constexpr (P::kOperand != Operand::stored) scale = power_of_two(__uint_as_float(book.reach));
-  const float size = (row.norm + row.residual) / scale * ((code_norm + code_residual) / scale);
+  const float size = magnitude<P>(book, row);
   const Turns turns(alive && !whole ? within : 0, lane);
-  for (Turns turn = turns; turn.next(first, second);) score_group<P>(a, codebook, at, turn, size, standing);
+  for (Turns turn = turns; turn.next(first, second);) {
+    score_group<P>(a, codebook, at, turn, size,
+                   [&](float low, float high, int code) { standing.meet(low, high, code); });
+  }
   standing.meet_lane(1);
   standing.meet_lane(2);
   int nearest = standing.nearest;
@@ -247,6 +264,42 @@ __device__ __forceinline__ int settle(const ScreenArguments& a, std::int64_t hea
     if (tied) nearest = winner;
   }
   return whole ? kWhole : nearest;
+}
+
+// One row a warp that settle could not: every code in an interval, and by the contract those whose intervals reach the
+// lowest, as long as there are few. Its code, kNobody, or kWhole where a lane has more.
+template <class P>
+__device__ __forceinline__ int settle_whole(const ScreenArguments& a, std::int64_t head, std::int64_t at,
+                                            const Lengths& row, int lane) {
+  constexpr int kFew = 16;
+  const auto* codebook = static_cast<const typename P::Code*>(a.codebook) + head * a.K * a.D;
+  const int groups = static_cast<int>(ceil_div<std::int64_t>(a.K, P::kGroup));
+  const float size = magnitude<P>(a.figures[head], row);
+  Standing standing{inf(), inf(), inf(), kNobody};
+  Canonical best;
+  int reaching = 0;
+#pragma unroll 1
+  for (int look = 0; look < 2; ++look) {
+    Turns turn(1, lane);
+#pragma unroll 1
+    for (int first = 0; first < groups; first += 8) {
+      turn.group = first + lane / 4;
+      turn.active = turn.group < groups;
+      score_group<P>(a, codebook, at, turn, size, [&](float low, float high, int code) {
+        if (look == 0) return standing.meet(low, high, code);
+        if (low > standing.reached || ++reaching > kFew) return;
+        const auto* of_code = codebook + static_cast<std::int64_t>(code) * a.D;
+        best.meet(ranked(canonical(a.x, at, of_code, a.D, a.euclidean), a.euclidean), code);
+      });
+    }
+    if (look == 1) break;
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) standing.meet_lane(bit);
+    if (standing.runner_up > standing.reached) return standing.nearest;
+  }
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) best.meet_lane(bit);
+  return __any_sync(kAllLanes, reaching > kFew) ? kWhole : best.code;
 }
 
 // Settles the rows of a warp, from `first_row` of the head on; take(row of the warp, row of the head, code) gets each
@@ -585,11 +638,12 @@ __global__ void __launch_bounds__(P::kThreads, 1) streamed_kernel(const ScreenAr
                  [&](int, std::int64_t n, int code) { store_code<P>(a, head_after, n, code); });
 }
 
-// All stages of a residual quantiser for a block of rows, the residual in shared memory; codebooks are (H, Q, K, D), a
-// row that no stage can settle is queued for all. Grid (row blocks x heads).
+// All stages of a residual quantiser for a block of rows, the residual in shared memory; codebooks are (H, Q, K, D). A
+// row with many codes as near as each other at some stage is queued for all. Grid (row blocks x heads).
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1) staged_kernel(const ScreenArguments a, int stages) {
   constexpr int kRowsOfWarp = 16 * P::kM;
+  static_assert(kRowsOfWarp <= 32);  // a lane has a row
   auto* shared = dynamic_shared<unsigned char>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* lengths = reinterpret_cast<Lengths*>(shared + P::kStages * P::kTileBytes) + warp * kRowsOfWarp;
@@ -608,7 +662,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) staged_kernel(const ScreenArgu
   ScreenArguments here = a;
   here.x = {residual, Float::float32, rows, 1, 0, P::kWidth, 0, 1};
   here.row_vectors = a.D % 4 == 0;
-  std::uint64_t uncertain = 0;  // rows of the warp that lane 0 of their quad could not settle
+  bool queued = false;  // this lane's row
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     const std::int64_t book = head * stages + stage;
@@ -617,12 +671,23 @@ __global__ void __launch_bounds__(P::kThreads, 1) staged_kernel(const ScreenArgu
     Smallest seen[2 * P::kM];
     screen_tiles<P>(shared, a.packed + book * a.tiles * P::kTileBytes, static_cast<int>(a.tiles), -(1 << a.bits), lane,
                     operand, factor, seen, [&] { load_rows<P>(here, book, 0, lane, operand, factor, lengths); });
-    settle_rows<P>(here, book, 0, seen, lengths, 0, lane, [&](int row, std::int64_t, int code) {
-      if (code == kWhole) uncertain |= std::uint64_t{1} << row;
-      if (code == kWhole || code == kNobody) code = 0;
-      codes[row] = code;
-      a.indices[(head * a.x.count + first + row) * stages + stage] = code;
-    });
+    settle_rows<P>(here, book, 0, seen, lengths, 0, lane, [&](int row, std::int64_t, int code) { codes[row] = code; });
+    __syncwarp();
+    int code = lane < rows ? codes[lane] : 0;
+    if constexpr (P::kM == 1) {  // a warp of 32 rows has no registers left for it
+      for (unsigned waiting = __ballot_sync(kAllLanes, code == kWhole && !queued); waiting != 0;
+           waiting &= waiting - 1) {
+        const int row = __ffs(waiting) - 1;
+        const int nearest = settle_whole<P>(here, book, row * P::kWidth, lengths[row], lane);
+        if (lane == row) code = nearest;
+      }
+    }
+    queued = queued || code == kWhole;
+    if (code == kWhole || code == kNobody) code = 0;
+    if (lane < rows) {
+      codes[lane] = code;
+      a.indices[(head * a.x.count + first + lane) * stages + stage] = code;
+    }
     __syncthreads();  // the codes are there for the warp, and no warp still reads what the next stage fetches over
     const auto* codebook = static_cast<const typename P::Code*>(a.codebook) + book * a.K * a.D;
     for (int i = lane; i < rows * P::kWidth; i += 32) {
@@ -633,11 +698,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) staged_kernel(const ScreenArgu
     }
     __syncwarp();
   }
-  for (int row = lane / 4; row < rows; row += 8) {
-    if ((lane & 3) == 0 && (uncertain >> row & 1) != 0) {
-      a.queue[head * a.x.count + atomicAdd(&a.figures[head * stages].queued, 1u)] = first + row;
-    }
-  }
+  if (queued) a.queue[head * a.x.count + atomicAdd(&a.figures[head * stages].queued, 1u)] = first + lane;
 }
 
 // Rows and codes pass through the pipeline, kWidth dimensions of each at a time; a tile is one segment.

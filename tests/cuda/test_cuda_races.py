@@ -64,7 +64,7 @@ def test_the_other_operators():
 def test_the_stages_of_a_residual_quantiser(d, dtype):
     x, codes = make("near_tied", 70, 3 * 96, d, dtype)
     codebooks = codes.view(3, 96, d)
-    codebooks[1, ::4] = codebooks[1, 0]  # and rows that are queued
+    codebooks[1, ::4] = codebooks[1, 0]  # and rows that a warp looks at whole
     wanted = reference.residual_quantize(x, codebooks, "euclidean")[1]
     assert_same_indices(cuda.residual_search(x, codebooks, "euclidean"), wanted)
 

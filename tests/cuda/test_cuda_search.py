@@ -281,15 +281,29 @@ def test_stages_of_mimi(monkeypatch):
     assert queued(x, codebooks, monkeypatch) == 0
 
 
-@pytest.mark.parametrize("d", [24, 252, 260])
-def test_rows_queued_at_the_second_stage_go_through_all_again(d, monkeypatch):
-    """There every other row has more candidates than are kept of a lane."""
-    x, codes = make("gaussian", 50, 3 * 256, d)
-    codebooks = codes.view(3, 256, d) * torch.tensor([10.0, 1.0, 1.0])[:, None, None]
-    x[::2] = codebooks[0, 50:75] + codebooks[1, 0] + 1e-4 * torch.randn(25, d)
-    codebooks[1, ::4] = codebooks[1, 0]
+@pytest.mark.parametrize(
+    ("k", "d", "waiting"), [*[(256, d, range(1)) for d in (131, 260)], (256, 24, range(3, 7)), (640, 131, range(3, 7))]
+)
+def test_rows_with_more_candidates_than_are_kept(k, d, waiting, monkeypatch):
+    """At the second stage 64 or 600 codes are nearest: the row is queued, or its warp looks at all codes."""
+    x, codes = make("gaussian", 6, 2 * k, d)
+    codebooks = codes.view(2, k, d) * torch.tensor([10.0, 1.0])[:, None, None]
+    x[::2] = codebooks[0, 50:53] + codebooks[1, 0] + 1e-4 * torch.randn(3, d)
+    alike = torch.arange(k) % 4 == 0 if k == 256 else torch.arange(k) % 16 != 1
+    codebooks[1, alike] = codebooks[1, 0].clone()
     check_stages(x, codebooks)
-    assert queued(x, codebooks, monkeypatch) == 25
+    assert queued(x, codebooks, monkeypatch) in waiting
+
+
+def test_a_row_looked_at_whole_has_its_canonical_code():
+    """Codes that differ by less than the screen sees, and by less than float32 does."""
+    x, codes = make("gaussian", 20, 2 * 300, 136)
+    codebooks = codes.view(2, 300, 136)
+    for scale, part in ((1e-5, slice(0, 150)), (1e-7, slice(150, 300))):
+        codebooks[:, part] = codebooks[:, part][:, :1] + scale * torch.randn(2, 150, 136)
+    codebooks[0, 7] = torch.inf
+    for metric in METRICS:
+        check_stages(x, codebooks, metric)
 
 
 def test_the_policies_of_stages_by_architecture_and_shape(kernels):

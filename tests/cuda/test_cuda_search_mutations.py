@@ -82,7 +82,7 @@ MUTANTS = {
         "search_split",
         {
             "search_screen.h": {
-                "code < winner && score < inf()": "(code > winner || winner == kNobody) && score < inf()"
+                "other_code < code && other < inf()": "(other_code > code || code == kNobody) && other < inf()"
             }
         },
     ),
