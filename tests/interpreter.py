@@ -5,6 +5,7 @@ bfloat16 always holds float32 values that a bfloat16 can represent: whatever an 
 nearest even, and only loads, stores and bitcasts see bits.
 """
 
+import functools
 import os
 import warnings
 
@@ -52,8 +53,12 @@ def _cure_bfloat16():
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     cast, fabs = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fabs
 
-    def get_np_dtype(dtype):
+    @functools.cache  # Triton makes a table of all dtypes each time it is asked for one
+    def np_dtype_of_scalar(dtype):
         return np.dtype(np.float32) if _is_bfloat16(dtype) else np_dtype(dtype)
+
+    def get_np_dtype(dtype):
+        return np_dtype(dtype.scalar) if isinstance(dtype.scalar, tl.pointer_type) else np_dtype_of_scalar(dtype.scalar)
 
     def normalise(self):
         if not _is_bfloat16(self.dtype):
@@ -147,6 +152,28 @@ def _cure_scalars():
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
+def _patch_once():
+    """A launch patches Triton's language for a module's functions once, not at each call that one makes of another."""
+    patch, call = interpreter._patch_lang, GridExecutor.__call__
+    patched = set()
+
+    def patch_lang(fn):
+        module = fn.__globals__["__name__"]
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(fn)
+
+    def launch(self, *arguments, **options):
+        try:
+            call(self, *arguments, **options)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang = patch_lang
+    GridExecutor.__call__ = launch
+
+
 def _silence_overflow():
     """Overflow and NaN are results, not faults; numpy would warn of them, and pytest make errors of the warnings."""
     call = GridExecutor.__call__
@@ -163,5 +190,5 @@ def cure():
     """Patch Triton's interpreter, once a process; the kernels in use must be its own."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "must be set before the kernels are imported"
     if not hasattr(InterpreterBuilder, "get_bf16"):
-        for remedy in (_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars, _silence_overflow):
+        for remedy in (_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars, _patch_once, _silence_overflow):
             remedy()
