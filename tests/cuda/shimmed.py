@@ -19,7 +19,7 @@ FLAGS = [
     *[
         "-std=c++17",
         "-O1",
-        "-g",
+        "-g1",
         "-fPIC",
         "-fvisibility=hidden",
         "-ffp-contract=off",
@@ -30,7 +30,7 @@ FLAGS = [
     *["-fsanitize=alignment", "-fno-sanitize-recover=all", f"-I{SHIM}"],
 ]
 # Unoptimised: that compiles in half of the time, and the cases are small.
-SANITIZERS = ["-fsanitize=address,undefined", "-fsanitize-sections=fastvq_shared", "-O0", "-g1"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fsanitize-sections=fastvq_shared", "-O0"]
 
 
 # Each access of the sources is announced to shim/races.cpp.

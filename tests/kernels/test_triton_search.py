@@ -73,7 +73,8 @@ def test_row_counts(n):
     check(*make("power_law", n, 700, 12, seed=n))  # split over the codes
 
 
-def test_large_codebook_in_many_segments():
+def test_large_codebook_in_many_segments(monkeypatch):
+    monkeypatch.setattr(codes, "_BLOCK", 64)  # still several for a program that packs
     x, codebook = make("gaussian", 9, 20_001, 16)
     x[5] = codebook[20_000]
     check(x, codebook)
