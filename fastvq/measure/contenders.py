@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import util
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,13 +139,26 @@ def peak_operations(unit: str, threads: int) -> float:
 # ---- training step ----------------------------------------------------------------------------------------------
 
 STEPS = ("fastvq", "module", "naive", "chunked", "peer")
-Layer = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (N, D) to quantized (N, D) and the commitment loss
+
+
+class Layer(Protocol):
+    """A VQ layer in training."""
+
+    def reset(self, codebook: Tensor) -> None:
+        """Start from these codes (K, D), as if each had one row."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
 
 
 class _State:
     """A VQ layer's state in plain tensors: the codebook and its moving averages."""
 
     def __init__(self, codebook: Tensor) -> None:
+        self.reset(codebook)
+
+    def reset(self, codebook: Tensor) -> None:
+        """Start from these codes, as if each had one row."""
         self.codebook = codebook.clone()
         self.cluster_size = codebook.new_ones(codebook.shape[0])
         self.embed_avg = codebook.clone()
@@ -206,6 +219,10 @@ class ModuleLayer:
     def __init__(self, module: nn.Module) -> None:
         self.module = module.train()
 
+    def reset(self, codebook: Tensor) -> None:
+        """Start from these codes, as if each had one row."""
+        _holding(self.module, codebook)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
         quantized, _, loss = self.module(x.unsqueeze(0))
@@ -222,10 +239,17 @@ LAYERS: dict[str, Callable[[Tensor], Layer]] = {
 
 
 def step_work(contender: str, shape: Shape) -> Work:
-    """One training step of the layer: forward, EMA update, backward to x; `contender` is one of `STEPS`."""
+    """One training step of the layer: forward, EMA update, backward to x; `contender` is one of `STEPS`.
+
+    Each step is the first from new codes: the data do not depend on how many steps a contender has time for.
+    """
     x, codebook = draw(shape)
     upstream = torch.full_like(x, 1e-3)
     layer = LAYERS[contender](codebook)
+
+    def begin() -> None:
+        codebook.mul_(1 + 1e-6)  # never the same codes again: nothing made from them before is of use
+        layer.reset(codebook)
 
     def step() -> Tensor:
         leaf = x.detach().requires_grad_()
@@ -233,7 +257,7 @@ def step_work(contender: str, shape: Shape) -> Work:
         (grad,) = torch.autograd.grad([quantized, loss], [leaf], [upstream, torch.ones_like(loss)])
         return grad
 
-    return Work(step)
+    return Work(step, begin)
 
 
 # ---- residual quantisation --------------------------------------------------------------------------------------
