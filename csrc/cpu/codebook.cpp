@@ -23,7 +23,7 @@ std::int64_t tasks_of(std::int64_t groups) {
 float coarser(std::int64_t width) {
   if (width <= 16) return 8.0f;
   if (width <= 32) return 4.0f;
-  return width <= 64 ? 2.0f : 0.0f;
+  return width <= 64 ? 3.4f : 0.0f;
 }
 
 bool lies_as_floats(const Rows& codes) {
