@@ -45,8 +45,8 @@ class RowBlocks {
   int lanes() const { return kernel_.lanes; }
   const Rows& rows() const { return x_; }
 
-  // Rows first .. first+count-1; the lanes past them repeat the first. Those after them are fetched into the cache
-  // meanwhile: sixteen strided streams are more than the hardware foresees.
+  // Rows first .. first+count-1; the lanes past them repeat the first. Those after them are next() or, where they do
+  // not lie in one piece, are asked for now: sixteen strided streams are more than the hardware foresees.
   const X* const* load(std::int64_t first, int count) {
     if (in_place_) {
       x_.rows_from(first, count, row_);
@@ -55,9 +55,11 @@ class RowBlocks {
       dispatch(x_.dtype, [&](auto* type) { copy<std::remove_pointer_t<decltype(type)>>(first, count); });
     }
     for (int l = count; l < kernel_.lanes; ++l) row_[l] = row_[0];
-    prefetch(first + count);
+    look_ahead(first + count);
     return row_;
   }
+
+  const Span& next() const { return next_; }
 
  private:
   static bool is_stored_as(DType dtype) { return dtype == (sizeof(X) == 8 ? DType::kFloat64 : DType::kFloat32); }
@@ -98,13 +100,11 @@ class RowBlocks {
     kernel_.untranspose(columns_.get(), kernel_.lanes, x_.width, copy_.get());
   }
 
-  // Inlined by order: gcc takes a function that only prefetches for one without effect and drops the call.
-  __attribute__((always_inline)) void prefetch(std::int64_t first) const {
+  void look_ahead(std::int64_t first) {
     const std::int64_t size = element_bytes(x_.dtype), last = std::min(x_.count, first + kernel_.lanes) - 1;
     const auto at = [&](std::int64_t n) { return static_cast<const char*>(x_.data) + x_.offset(n) * size; };
     if (x_.step == 1 && x_.dims == 1 && x_.strides[0] == x_.width) {
-      const char* end = at(last) + x_.width * size;
-      for (const char* line = at(first); line < end; line += 64) __builtin_prefetch(line, 0, 2);
+      next_ = first <= last ? Span{at(first), at(last) + x_.width * size} : Span{};
     } else if (x_.step == 1) {
       for (std::int64_t n = first; n <= last; ++n)
         for (const char *line = at(n), *end = line + x_.width * size; line < end; line += 64)
@@ -120,6 +120,7 @@ class RowBlocks {
   Buffer<X> copy_;
   Buffer<float> columns_;
   const X* row_[kMaxLanes];
+  Span next_;
 };
 
 // Searches blocks of rows of X, float or double: the scratch of one thread.
@@ -145,9 +146,10 @@ class BlockSearch {
   // What becomes of the rows of packed codebooks from now on is added there.
   void count_in(SearchCounts* counts) { counts_ = counts; }
 
-  // The nearest codes of a block of rows, as RowBlocks loads them, and their distances if wanted.
+  // The nearest codes of a block of rows, as RowBlocks loads them, and their distances if wanted. Meanwhile the next
+  // rows and the output are fetched.
   void nearest(const SearchCodes& codes, const X* const* row, int count, bool certify, bool want_value,
-               Nearest* found) {
+               const Span& next, const Span& output, Nearest* found) {
     if constexpr (std::is_same_v<X, float>) {
       if (!codes.packed) return nearest_of_few(row, count, codes.rows, certify, want_value, threads_, found);
     }
@@ -157,6 +159,8 @@ class BlockSearch {
     block.count = count;
     block.certify = certify;
     block.want_value = want_value;
+    block.next = next;
+    block.output = output;
     BlockScratch scratch;
     scratch.centred = centred_.get();
     scratch.columns = columns_.get();

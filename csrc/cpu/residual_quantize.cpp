@@ -56,7 +56,7 @@ void quantize_head(const Rows& x, const std::vector<SearchCodes>& stages, void* 
         const Rows& codes = stages[q].rows;
         for (std::int64_t first = 0; first < rows; first += kernel.lanes) {
           const int count = static_cast<int>(std::min<std::int64_t>(kernel.lanes, rows - first));
-          search.nearest(stages[q], blocks.load(first, count), count, true, false, &nearest);
+          search.nearest(stages[q], blocks.load(first, count), count, true, false, {}, {}, &nearest);
           dispatch(codes.dtype, [&](auto* type) {
             for (int l = 0; l < count; ++l) {
               const auto* code = codes.row<std::remove_pointer_t<decltype(type)>>(nearest.index[l]);

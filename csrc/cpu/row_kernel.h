@@ -14,12 +14,20 @@ constexpr int kMaxCandidates = 1024;          // (row, code) pairs of a block th
 
 constexpr int kMaxKernels = 5;
 
+// Memory in one piece.
+struct Span {
+  const char* begin = nullptr;
+  const char* end = nullptr;
+};
+
 struct RowBlock {
   bool is_double = false;            // what `row` points to: double or float
   const void* const* row = nullptr;  // [lanes], each D values; those past `count` are copies of the first
   int count = 0;                     // rows that are there
   bool certify = true;               // false: the best screened code is taken as it is (precision="fast")
   bool want_value = false;           // fill Nearest::value
+  Span next;                         // what is read when this block is done, or nothing
+  Span output;                       // what is written then
 };
 
 // When int8 screening leaves too many candidates, the next blocks are spared the attempt, and more after each failure.

@@ -30,9 +30,39 @@ namespace {
 
 // ---- screen ----
 
+// Brings memory into the cache that is wanted after the screen, a share in each of `steps` steps: asked for at once it
+// would be waited for.
+class Fetch {
+ public:
+  Fetch(const RowBlock& block, std::int64_t steps)
+      : next_(block.next),
+        output_(block.output),
+        left_((next_.end - next_.begin) + (output_.end - output_.begin)),
+        share_(left_ > kFewBytes ? left_ / steps + kLine : left_) {
+    if (left_ <= kFewBytes) step();
+  }
+
+  bool wanted() const { return left_ > 0; }
+
+  __attribute__((noinline)) void step() {
+    left_ -= share_;
+    std::int64_t bytes = share_;
+    for (; bytes > 0 && output_.begin < output_.end; bytes -= kLine, output_.begin += kLine)
+      __builtin_prefetch(output_.begin, 1, 2);
+    for (; bytes > 0 && next_.begin < next_.end; bytes -= kLine, next_.begin += kLine)
+      __builtin_prefetch(next_.begin, 0, 2);
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64, kFewBytes = 16 * kLine;
+  Span next_, output_;
+  std::int64_t left_;
+  const std::int64_t share_;
+};
+
 // The float32 scores of `groups` groups for the rows in the lanes; keeps the minimum of each group, returns the best.
 FloatVector screen(const float* codes, const float* bias, std::int64_t groups, std::int64_t width, const float* rows,
-                   float* minima, FloatVector best) {
+                   float* minima, FloatVector best, Fetch* fetch) {
   for (std::int64_t g = 0; g < groups; ++g, codes += width * kGroup, bias += kGroup) {
     FloatVector s0 = broadcast(bias[0]), s1 = broadcast(bias[1]), s2 = broadcast(bias[2]), s3 = broadcast(bias[3]);
     FloatVector s4 = broadcast(bias[4]), s5 = broadcast(bias[5]), s6 = broadcast(bias[6]), s7 = broadcast(bias[7]);
@@ -52,6 +82,7 @@ FloatVector screen(const float* codes, const float* bias, std::int64_t groups, s
         smaller(smaller(smaller(s0, s1), smaller(s2, s3)), smaller(smaller(s4, s5), smaller(s6, s7)));
     store(minima + g * kLanes, minimum);
     best = smaller(best, minimum);
+    if (fetch->wanted()) fetch->step();
   }
   return best;
 }
@@ -477,10 +508,11 @@ bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const 
   FloatVector best = broadcast(kInfinity);
   GroupScores<Exact> scores(codebook, rows, candidates, exact);
   float* minima = static_cast<float*>(scratch.minima);
+  Fetch fetch(bounds.block, codebook.groups);
   for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
     const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
     best = screen(codebook.screen + first * codebook.width * kGroup, codebook.bias + first * kGroup, groups,
-                  codebook.width, scratch.columns, minima, best);
+                  codebook.width, scratch.columns, minima, best, &fetch);
     float so_far[kLanes], limits[kLanes];
     store(so_far, best);
     bounds.thresholds(so_far, limits);

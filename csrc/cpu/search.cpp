@@ -18,7 +18,8 @@ void search_head(const Rows& x, const SearchCodes& codes, bool certify, std::int
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
-        search.nearest(codes, blocks.load(first, count), count, certify, distances.data != nullptr, &nearest);
+        const X* const* row = blocks.load(first, count);
+        search.nearest(codes, row, count, certify, distances.data != nullptr, blocks.next(), {}, &nearest);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first_row + first + l;
           indices[n] = nearest.index[l];
@@ -86,7 +87,8 @@ SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads)
       Nearest nearest;
       for (std::int64_t task; tasks.next(&task);) {
         for_each_block(task, rows.count, blocks.lanes(), [&](std::int64_t first, int count) {
-          search.nearest(ready, blocks.load(first, count), count, true, false, &nearest);
+          const X* const* row = blocks.load(first, count);
+          search.nearest(ready, row, count, true, false, blocks.next(), {}, &nearest);
         });
       }
       const std::lock_guard<std::mutex> lock(mutex);

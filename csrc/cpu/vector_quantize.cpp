@@ -48,12 +48,13 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
         const Working* const* row = blocks.load(first, count);
-        search.nearest(codes, row, count, true, false, &nearest);
+        X* const out = quantized + first * x.width;
+        const Span output{reinterpret_cast<const char*>(out), reinterpret_cast<const char*>(out + count * x.width)};
+        search.nearest(codes, row, count, true, false, blocks.next(), output, &nearest);
         for (int l = 0; l < count; ++l) {
           indices[first + l] = nearest.index[l];
           const Code* code = codes.rows.row<Code>(nearest.index[l]);
-          X* out = quantized + (first + l) * x.width;
-          const double distance = copy_code(kernel, row[l], code, codes.rows.step, x.width, out);
+          const double distance = copy_code(kernel, row[l], code, codes.rows.step, x.width, out + l * x.width);
           if (mask && !mask[first + l]) continue;
           partial[task] += distance;
           if (std::isfinite(distance) || is_finite(row[l], x.width)) counted.add(nearest.index[l]);
