@@ -321,7 +321,7 @@ IntGroup group_scores(const CodebookView& codebook, std::int64_t group, const st
                       int lane) {
   const std::int64_t quads = (codebook.width + 3) / 4;
   const auto* codes = reinterpret_cast<const std::int32_t*>(codebook.int8_codes) + group * quads * kGroup;
-  IntGroup even = load<IntGroup>(rows.start + group * kGroup), odd = {};
+  IntGroup even = load<IntGroup>(rows.start + group * kGroup), odd = {}, third = {}, fourth = {};
   const auto add_dot = [&](IntGroup& acc, std::int64_t i) {
     const IntGroup x = row[i * kLanes + lane] - IntGroup{};
     asm(FASTVQ_VNNI "vpdpbusd %2, %1, %0"
@@ -334,12 +334,14 @@ IntGroup group_scores(const CodebookView& codebook, std::int64_t group, const st
       : FASTVQ_VNNI_REGISTER(rows.bias[lane] - IntGroup{}),
         "m"(*reinterpret_cast<const IntGroup*>(codebook.int8_bias + group * kGroup)));
   std::int64_t i = 0;
-  for (; i + 2 <= quads; i += 2) {
+  for (; i + 4 <= quads; i += 4) {
     add_dot(even, i);
     add_dot(odd, i + 1);
+    add_dot(third, i + 2);
+    add_dot(fourth, i + 3);
   }
-  if (i < quads) add_dot(even, i);
-  return even + odd;
+  for (; i < quads; ++i) add_dot(even, i);
+  return (even + odd) + (third + fourth);
 }
 
 inline unsigned codes_at_least(IntGroup scores, std::int32_t limit) {
