@@ -64,15 +64,16 @@ struct Nearest {
 };
 
 // What centring and scaling are decided by, gathered group after group; `sums` is [D][8], of the codes that are finite.
-struct CodeStatistics {
+// A cache line each, for threads write to neighbours.
+struct alignas(64) CodeStatistics {
   float* sums;
   double squares;
   float largest;
   std::int64_t finite;
 };
 
-// What the bounds need to know of the codes as they are screened: maxima over the codes.
-struct CodeExtremes {
+// What the bounds need to know of the codes as they are screened: maxima over the codes. A cache line each.
+struct alignas(64) CodeExtremes {
   double norm;           // |c~|^2
   double residual;       // |(c - m) S - c~|^2
   float largest;         // |c~_i|
