@@ -97,6 +97,22 @@ class Summary:
             lines.append(line)
         return markdown(head, lines)
 
+    def limits(self, names: list[str]) -> str:
+        """How many times as fast as each rival fastvq's search is, and would be at the peak of int8 dot products."""
+        lines = []
+        for key, group in grouped(self.rows, "search").items():
+            line = [", ".join(key[:3]) + (", unchanged" if key[3] == "codebook unchanged" else "")]
+            for name in names:
+                found = [group.get((allocator, self.threads, name)) for allocator in ("default", "kept")]
+                cells = [
+                    f"{times(float(row['ratio']))} of {times(1 / float(row['of_int8_peak']))}"
+                    for row in found
+                    if row and row["of_int8_peak"]
+                ]
+                line.append(f"{cells[0]} ({cells[1]})" if len(cells) == len(found) else "-")
+            lines.append(line)
+        return markdown(["N, K, D", *(NAMES[name] for name in names)], lines)
+
     def machine(self) -> str:
         """Where the figures come from."""
         first = self.rows[0]
@@ -179,6 +195,14 @@ def readme(summary: Summary) -> str:
 def sections(summary: Summary) -> Iterator[tuple[str, str, str]]:
     """docs/measurements.md: a title, what is shown, and the table of each part that was measured."""
     measured = {row["part"] for row in summary.rows}
+    if "search" in measured:
+        yield (
+            "What a search can reach",
+            "How many times as long as fastvq's search each rival takes, of how many times it would be if fastvq did "
+            "nothing but its N K D int8 products at the peak of the machine, measured in the same turns (with memory "
+            "kept in brackets). What lies between is in [What limits the speed](certified-search.md).",
+            summary.limits(["naive", "chunked", "faiss"]),
+        )
     if "data" in measured:
         yield (
             "Kinds of data",
