@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,14 +103,15 @@ class Summary:
         lines = []
         for key, group in grouped(self.rows, "search").items():
             line = [", ".join(key[:3]) + (", unchanged" if key[3] == "codebook unchanged" else "")]
+            operations = 2 * math.prod(int(size) for size in key[:3])
             for name in names:
-                found = [group.get((allocator, self.threads, name)) for allocator in ("default", "kept")]
-                cells = [
-                    f"{times(float(row['ratio']))} of {times(1 / float(row['of_int8_peak']))}"
-                    for row in found
-                    if row and row["of_int8_peak"]
-                ]
-                line.append(f"{cells[0]} ({cells[1]})" if len(cells) == len(found) else "-")
+                cells = []
+                for allocator in ("default", "kept"):
+                    row, peak = (group.get((allocator, self.threads, found)) for found in (name, "int8 peak"))
+                    if row and peak:
+                        limit = float(row["p50_ms"]) * float(peak["gflops"]) * 1e6 / operations
+                        cells.append(f"{times(float(row['ratio']))} of {times(limit)}")
+                line.append(f"{cells[0]} ({cells[1]})" if len(cells) == 2 else "-")
             lines.append(line)
         return markdown(["N, K, D", *(NAMES[name] for name in names)], lines)
 
