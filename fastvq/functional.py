@@ -168,6 +168,9 @@ def ema_update_(
         eps: smoothing that keeps codes without rows finite.
         backend: as in `search`.
 
+    An operator of the same step that is to be differentiated needs the codes as they were: pass it a copy, and where
+    the step is compiled one by `fastvq.ops.copied`, since inductor drops a `clone`.
+
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in `search`; also for a decay outside 0 to 1.
     """

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastvq import ops
 from fastvq.functional import code_sums, ema_update_
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.distributed import all_reduce_, take_turns
@@ -128,8 +129,8 @@ class Codebook(nn.Module):
         if noted and recomputing():
             kept: Tensor = self._recording.again()
             return straight_through(self.as_used(self.embed), kept) if self.learnable_codebook else kept
-        apart = changing and not copied
-        codes = self.as_used(self.embed.clone() if apart else self.embed)
+        apart = changing and (not copied or torch.compiler.is_compiling())  # compilers undo a copy they understand
+        codes = self.as_used(ops.copied(self.embed) if apart else self.embed)
         if noted:
             self._recording.note(codes.detach if apart else codes.detach().clone)
         return codes

@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+import torch._dynamo
 from compare import assert_no_less_exact, assert_same_bits, assert_same_indices
 from families import DTYPES, FAMILIES, make
 from guard import DEVICE, GuardedAllocations, guarded, on_device
@@ -186,10 +187,7 @@ def test_offsets_past_two_to_the_31(engine):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_modules_learn_as_on_the_cpu(compiled):
     """Three training steps of the layer: the indices and the codebook of the CPU, also compiled whole."""
-    if compiled:
-        import torch._dynamo
-
-        torch._dynamo.reset()
+    torch._dynamo.reset()
     layers = [fastvq.VectorQuantize(dim=32, codebook_size=64, decay=0.8) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     layers[1].to(DEVICE)

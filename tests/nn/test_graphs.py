@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastvq
+
 OPTIONS = {
     "ema": {},
     "straight through": {"rotation_trick": False},
@@ -98,6 +100,25 @@ def test_compiles_whole(name: str) -> None:
     plain.eval(), compiled.eval()
     for mine, other in zip(compiled(x, **arguments), plain(x, **arguments), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fastvq.VectorQuantize(dim=DIM, codebook_size=9, decay=0.5),
+        fastvq.VectorQuantize(dim=DIM, codebook_size=9, decay=0.5, threshold_ema_dead_code=3),
+        fastvq.ResidualVQ(dim=DIM, codebook_size=9, decay=0.5, num_quantizers=1),
+    ],
+    ids=["ema", "dead codes", "one stage"],
+)
+def test_inductor_keeps_the_codes_that_backward_needs(layer: nn.Module) -> None:
+    """The step overwrites them in the same graph, from which inductor drops copies: aot_eager does not."""
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(3, 15, DIM)
+        found, wanted = ({name.replace("_orig_mod.", ""): v for name, v in step(m, x).items()} for m in (compiled, layer))
+        assert_same(found, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by Dynamo

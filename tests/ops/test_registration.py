@@ -69,6 +69,16 @@ def test_opcheck(backend, name, heads):
     opcheck(operator(name), arguments)
 
 
+def test_opcheck_of_the_copy_that_compilers_leave_alone():
+    x = torch.randn(3, 4, requires_grad=True)
+    opcheck(ops.copied.default, (x,))
+    copy = ops.copied(x)
+    copy.sum().backward()
+    assert copy.data_ptr() != x.data_ptr()
+    assert_same_bits(copy, x)
+    assert_same_bits(x.grad, torch.ones(3, 4))
+
+
 def test_opcheck_of_what_layers_of_several_stages_call(backend):
     x, _, _ = data()
     codebooks = data(stages=3)[1]
