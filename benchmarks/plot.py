@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.table import NAMES, RESULTS, ROOT, Row
+from fastvq.cli.bench import UNCHANGED
 from fastvq.cli.figures import INK, dress, figure, render
 from fastvq.measure.contenders import UNITS
 from fastvq.measure.table import read_csv
@@ -20,7 +21,7 @@ LOOKS = {  # colour, marker
 def label(row: Row) -> str:
     """A shape, with what is out of the ordinary."""
     shape = f"{int(row['N']):,} × {int(row['K']):,} × {row['D']}"
-    return f"{shape}, codebook unchanged" if row["case"] == "codebook unchanged" else shape
+    return f"{shape}, {UNCHANGED}" if row["case"] == UNCHANGED else shape
 
 
 def draw(rows: list[Row]) -> bytes:

@@ -41,6 +41,7 @@ STEP_SHAPES: tuple[Shape, ...] = (
     (256, 1024, 64),
 )
 QUICK_SHAPES: tuple[Shape, ...] = ((16384, 1024, 64), (256, 1024, 64))
+CHANGED, UNCHANGED = "codebook changed", "codebook unchanged"  # before each call
 SMALL_ROWS = 1024  # up to so many rows a codebook that does not change matters: a streaming codec
 LARGEST: Shape = (65536, 65536, 64)  # whose memory is measured; the naive version would need 32 GiB and more
 MOST_NAIVE_BYTES = 4 << 30  # of an N x K matrix that is still made to see its memory
@@ -122,6 +123,11 @@ class Plan:
         """Those to measure."""
         return QUICK_SHAPES if self.quick else shapes
 
+    def search_cases(self) -> list[tuple[Shape, bool]]:
+        """The shapes to search, and whether the codebook changes before each call: for a few rows, also where not."""
+        shapes = self.shapes(SEARCH_SHAPES)
+        return [(shape, True) for shape in shapes] + [(shape, False) for shape in shapes if shape[0] <= SMALL_ROWS]
+
     def interleave(self, turns: Mapping[Any, Turn], seconds: float) -> dict[Any, list[float]]:
         """As `timing.interleave`; when quick, one round."""
         return interleave(turns, 0, 1) if self.quick else interleave(turns, seconds)
@@ -147,9 +153,7 @@ def _of(allocator: str, times: Mapping[tuple[str, str], list[float]]) -> dict[st
 
 def search_part(plan: Plan) -> Iterator[list[Row]]:
     """Search against every rival and the machine's peaks, under both allocators."""
-    cases = [(shape, True) for shape in plan.shapes(SEARCH_SHAPES)]
-    cases += [(shape, False) for shape, _ in cases if shape[0] <= SMALL_ROWS]
-    for shape, changed in cases:
+    for shape, changed in plan.search_cases():
         with _by_allocator() as workers:
             turns: dict[tuple[str, str], Turn] = {}
             for allocator, worker in workers.items():
@@ -158,7 +162,7 @@ def search_part(plan: Plan) -> Iterator[list[Row]]:
                     turns[allocator, name] = worker.turn(*make)
                 turns |= _peak_turns(worker, lambda name, where=allocator: (where, name))  # type: ignore[misc]
             times = plan.interleave(turns, 8)
-        case = "codebook changed" if changed else "codebook unchanged"
+        case = CHANGED if changed else UNCHANGED
         for allocator in workers:
             yield Group("search", shape, case, allocator).rows(_of(allocator, times), searches=1)
 
@@ -183,17 +187,18 @@ def data_part(plan: Plan) -> Iterator[list[Row]]:
     settings: dict[str, dict[str, str]] = {"fastvq": {}}
     if isa in FLOAT32_KERNELS:
         settings["float32 kernel"] = {"FASTVQ_CPU_ISA": FLOAT32_KERNELS[isa]}
-    for shape in plan.shapes(SEARCH_SHAPES):
+    for shape, changed in plan.search_cases():
         with contextlib.ExitStack() as stack:
             workers = {name: stack.enter_context(Worker(settings[name])) for name in settings}
             turns = {
-                (family, name): worker.turn(contenders.search_work, "fastvq", shape, family)
+                (family, name): worker.turn(contenders.search_work, "fastvq", shape, family, changed)
                 for family in FAMILIES
                 for name, worker in workers.items()
             }
             times = plan.interleave(turns, 5)
         for family in FAMILIES:
-            yield Group("data", shape, family).rows(_of(family, times), searches=1)
+            case = family if changed else f"{family}, {UNCHANGED}"
+            yield Group("data", shape, case).rows(_of(family, times), searches=1)
 
 
 def residual_part(plan: Plan) -> Iterator[list[Row]]:

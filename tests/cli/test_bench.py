@@ -164,7 +164,8 @@ def test_all_parts_and_what_is_made_of_them(small, tmp_path, call, monkeypatch):
         assert float(own["p20_ms"]) <= float(own["p50_ms"]) <= float(own["p80_ms"])
         assert all(own[column] for column in ("cpu", "isa", "torch", "faiss", "peer", "day"))
     assert {(r["contender"], r["threads"]) for r in rows if r["part"] == "threads"} >= {("fastvq", t) for t in "12"}
-    assert {r["contender"] for r in rows if r["part"] == "data"} >= {"fastvq"}
+    data = {r["case"]: float(r["p50_ms"]) for r in rows if r["part"] == "data" and r["contender"] == "fastvq"}
+    assert list(data) == [*FAMILIES, *(f"{family}, codebook unchanged" for family in FAMILIES)]
     memory = {(r["case"], r["N"], r["contender"]) for r in rows if r["part"] == "memory"}
     assert memory == {(c, n, name) for c in ("search", "step") for n, name in [("257", "fastvq"), ("257", "naive")]} | {
         (c, "300", "fastvq") for c in ("search", "step")
@@ -182,6 +183,10 @@ def test_all_parts_and_what_is_made_of_them(small, tmp_path, call, monkeypatch):
 
     summary = table.Summary(read_csv(path))
     text = table.readme(summary) + table.measurements(summary)
+    for suffix, key in (("", "{}"), (", unchanged", "{}, codebook unchanged")):
+        shares = [data[key.format("gaussian")] / data[key.format(family)] for family in FAMILIES]
+        (line,) = [line for line in summary.data().splitlines() if line.startswith(f"| 257, 33, 7{suffix} |")]
+        assert [cell.split(" ")[0] for cell in line.split(" | ")[1:]] == [f"{share:.2f}" for share in shares]
     for words in ("257, 33, 7, unchanged", "## Kinds of data", "## Threads", "## In a model", "16 images"):
         assert words in text
     with Image.open(io.BytesIO(plot.draw(read_csv(path)))) as image:
