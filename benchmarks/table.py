@@ -127,6 +127,24 @@ class Summary:
         versions = ", ".join(f"{name} {first[key]}" for key, name in names.items() if first[key])
         return f"{first['cpu']} ({first['isa']}), {self.threads} threads, {versions}; {first['day']}."
 
+    def operators(self) -> str:
+        """What a training step is made of: times, and the rates of what moves memory beside that of a copy."""
+        lines = []
+        for key, group in grouped(self.rows, "operators").items():
+            found = {name: row for (_, _, name), row in group.items()}
+            output = float(found["vector_quantize"]["p50_ms"]) - float(found["search"]["p50_ms"])
+            line = [
+                ", ".join(key[:3]),
+                milliseconds(found["fastvq"]),
+                milliseconds(found["search"]),
+                f"{output:.2f} ms",
+            ]
+            for name in ("code_sums", "ema_update_", "backward"):
+                line.append(f"{milliseconds(found[name])} ({float(found[name]['gbs']):.0f})")
+            lines.append([*line, f"{float(found['copy']['gbs']):.0f} GB/s"])
+        head = ["N, K, D", "step", "search", "output and loss", "`code_sums`", "`ema_update_`", "backward", "copy"]
+        return markdown(head, lines)
+
     def data(self) -> str:
         """The rate on each kind of data as a share of the Gaussian, and against the float32 kernel."""
         groups = grouped(self.rows, "data")
@@ -207,6 +225,15 @@ def sections(summary: Summary) -> Iterator[tuple[str, str, str]]:
             "nothing but its N K D int8 products at the peak of the machine, measured in the same turns (with memory "
             "kept in brackets). What lies between is in [What limits the speed](certified-search.md).",
             summary.limits(["naive", "chunked", "faiss"]),
+        )
+    if "operators" in measured:
+        yield (
+            "What a training step is made of",
+            "fastvq's operators one by one, each timed by itself with the caches as those before it in the step have "
+            "left them. `vector_quantize` contains the search; what it takes beyond that is the output and the loss. "
+            "In brackets GB/s of what must be read and written, each tensor once, beside those of a copy that no "
+            "cache holds.",
+            summary.operators(),
         )
     if "data" in measured:
         yield (

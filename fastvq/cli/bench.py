@@ -16,7 +16,7 @@ from fastvq.backends import cpu
 from fastvq.cli.parser import OneLineParser
 from fastvq.data.errors import UserError
 from fastvq.measure import contenders, memory
-from fastvq.measure.contenders import RESIDUALS, SEARCHES, STEPS, UNITS, available
+from fastvq.measure.contenders import OPERATORS, RESIDUALS, SEARCHES, STEPS, UNITS, available
 from fastvq.measure.data import FAMILIES, Shape
 from fastvq.measure.table import Row, machine, read_csv, write_csv
 from fastvq.measure.timing import Turn, Work, interleave, medians, percentile
@@ -55,7 +55,7 @@ Times = Mapping[str, Sequence[float]]  # milliseconds of every call, sorted, by 
 
 COLUMNS = (
     *("part", "case", "N", "K", "D", "allocator", "threads", "contender", "calls", "p20_ms", "p50_ms", "p80_ms"),
-    *("ratio", "gflops", "of_float32_peak", "of_int8_peak", "peak_mib"),
+    *("ratio", "gflops", "of_float32_peak", "of_int8_peak", "gbs", "peak_mib"),
 )
 
 
@@ -81,13 +81,15 @@ class Group:
         common |= {"threads": self.thread_count, "contender": contender}
         return dict.fromkeys(COLUMNS, "") | common | values | machine()
 
-    def rows(self, times: Times, searches: int = 0) -> list[Row]:
+    def rows(self, times: Times, searches: int = 0, moved: Mapping[str, int] | None = None) -> list[Row]:
         """A row a contender: percentiles, and how many times as long as fastvq it takes.
 
         Args:
             times: of every contender, those of `peak_turns` among them.
             searches: searches of this shape in a call, for the effective rate 2 N K D / t; 0 where a call is more.
+            moved: bytes that a call must read and write, of the contenders whose rate that is instead.
         """
+        moved = moved or {}
         median = {name: percentile(values, 50) for name, values in times.items()}  # as the file has it
         n, k, d = self.shape
         rates = {name: searches * 2 * n * k * d / median[name] / 1e6 for name in times}
@@ -99,12 +101,13 @@ class Group:
             row = self.row(
                 name, calls=len(values), **{f"p{p}_ms": round(percentile(values, p), 4) for p in (20, 50, 80)}
             )
-            if name in peaks.values():
+            if name in moved:
+                row["gbs"] = round(moved[name] / median[name] / 1e6, 1)
+            elif searches or name in peaks.values():
                 row["gflops"] = round(rates[name], 1)
-            else:
+            if name not in (*peaks.values(), "copy"):
                 row["ratio"] = round(median[name] / median["fastvq"], 3)
-                if searches:
-                    row["gflops"] = round(rates[name], 1)
+                if searches and name not in moved:
                     row |= {f"of_{unit}_peak": round(rates[name] / rates[peak], 3) for unit, peak in peaks.items()}
             rows.append(row)
         return rows
@@ -179,6 +182,20 @@ def step_part(plan: Plan) -> Iterator[list[Row]]:
             times = plan.interleave(turns, 8)
         for allocator in workers:
             yield Group("step", shape, "", allocator).rows(_of(allocator, times))
+
+
+def operators_part(plan: Plan) -> Iterator[list[Row]]:
+    """The operators of fastvq's training step by themselves, beside the whole, the machine's peaks and a copy."""
+    for shape in plan.shapes(STEP_SHAPES):
+        with Worker() as worker:
+            turns: dict[str, Turn] = {"fastvq": worker.turn(contenders.step_work, "fastvq", shape)}
+            for name in ("search", *OPERATORS):
+                turns[name] = worker.turn(contenders.operator_work, name, shape)
+            turns |= _peak_turns(worker, lambda name: name)
+            turns["copy"] = worker.turn(contenders.copy_work)
+            times = plan.interleave(turns, 6)
+        moved = contenders.operator_bytes(shape) | {"copy": contenders.COPY_BYTES}
+        yield Group("operators", shape).rows(times, searches=1, moved=moved)
 
 
 def data_part(plan: Plan) -> Iterator[list[Row]]:
@@ -285,6 +302,7 @@ def memory_part(plan: Plan) -> Iterator[list[Row]]:
 PARTS: dict[str, Callable[[Plan], Iterator[list[Row]]]] = {
     "search": search_part,
     "step": step_part,
+    "operators": operators_part,
     "data": data_part,
     "residual": residual_part,
     "threads": threads_part,
@@ -353,6 +371,8 @@ def format_group(rows: Sequence[Row]) -> str:
             line += f"{'' if row['ratio'] != '' else ' ' * 10}{row['gflops']:>10.1f} G/s"
         if row["of_float32_peak"] != "":
             line += f"{row['of_float32_peak']:>8.2f} of the float32 peak"
+        if row["gbs"] != "":
+            line += f"{row['gbs']:>10.1f} GB/s"
         if row["peak_mib"] != "":
             line += f"{row['peak_mib']:>10.1f} MiB"
         lines.append(line)
@@ -376,7 +396,7 @@ def run(args: argparse.Namespace) -> int:
     kept = _rows_of(args.csv) if args.csv is not None else []
     start = time.perf_counter()
     print(machine_line())
-    print("Medians of calls taken in turn; x: times as long as fastvq; G/s: 2 N K D / t.")
+    print("Medians of calls taken in turn; x: times as long as fastvq; G/s: 2 N K D / t; GB/s: read and written.")
     for part in [name for name in PARTS if name in (args.parts or PARTS)]:
         measured = []
         for rows in PARTS[part](Plan(args.quick)):

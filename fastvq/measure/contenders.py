@@ -136,9 +136,22 @@ def peak_operations(unit: str, threads: int) -> float:
     return 0.0 if cpu.missing() else _PEAK_ROUNDS * getattr(cpu.extension(), f"{unit}_operations")(1, 1) * threads
 
 
+_COPIED = 1 << 24  # numbers of four bytes: more than caches hold
+
+
+def copy_work() -> Work:
+    """A copy of 64 MiB by torch."""
+    source = torch.ones(_COPIED)
+    target = torch.empty_like(source)
+    return Work(lambda: target.copy_(source))
+
+
+COPY_BYTES = 2 * 4 * _COPIED  # that `copy_work` reads and writes
+
 # ---- training step ----------------------------------------------------------------------------------------------
 
 STEPS = ("fastvq", "module", "naive", "chunked", "peer")
+OPERATORS = ("vector_quantize", "code_sums", "ema_update_", "backward")  # of fastvq's step, one after another
 
 
 class Layer(Protocol):
@@ -177,12 +190,23 @@ class FusedLayer(_State):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
-        quantized, indices, loss = fastvq.vector_quantize(x, self.codebook)
-        counts, sums = fastvq.code_sums(x, indices, self.codebook.shape[0])
+        quantized, indices, loss = self.quantize(x)
+        self.move(*self.sum_up(x, indices))
+        return quantized, loss
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Quantized (N, D), indices (N,) and the loss."""
+        return fastvq.vector_quantize(x, self.codebook)
+
+    def sum_up(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts (K,) and sums (K, D)."""
+        return fastvq.code_sums(x, indices, self.codebook.shape[0])
+
+    def move(self, counts: Tensor, sums: Tensor) -> None:
+        """Update the averages and the codebook."""
         fresh = torch.empty_like(self.codebook)  # the backward pass needs the codes of this forward pass
         fastvq.ema_update_(fresh, self.cluster_size, self.embed_avg, counts, sums, decay=DECAY, eps=EPS)
         self.codebook = fresh
-        return quantized, loss
 
 
 class NaiveLayer(_State):
@@ -247,17 +271,67 @@ def step_work(contender: str, shape: Shape) -> Work:
     upstream = torch.full_like(x, 1e-3)
     layer = LAYERS[contender](codebook)
 
-    def begin() -> None:
-        codebook.mul_(1 + 1e-6)  # never the same codes again: nothing made from them before is of use
-        layer.reset(codebook)
-
     def step() -> Tensor:
         leaf = x.detach().requires_grad_()
-        quantized, loss = layer(leaf)
-        (grad,) = torch.autograd.grad([quantized, loss], [leaf], [upstream, torch.ones_like(loss)])
-        return grad
+        return _gradient(leaf, *layer(leaf), upstream)
 
-    return Work(step, begin)
+    return Work(step, lambda: _begin(layer, codebook))
+
+
+def _begin(layer: Layer, codebook: Tensor) -> None:
+    """Start from codes that were never there before: nothing made from earlier ones is of use."""
+    codebook.mul_(1 + 1e-6)
+    layer.reset(codebook)
+
+
+def _gradient(leaf: Tensor, quantized: Tensor, loss: Tensor, upstream: Tensor) -> Tensor:
+    """To the rows, from `upstream` to what they became, and 1 to the loss."""
+    (grad,) = torch.autograd.grad([quantized, loss], [leaf], [upstream, torch.ones_like(loss)])
+    return grad
+
+
+def operator_work(operator: str, shape: Shape) -> Work:
+    """One operator of fastvq's training step, with the caches as those before it in the step have left them.
+
+    Args:
+        operator: one of `OPERATORS`, or "search", which `vector_quantize` contains.
+        shape: N, K, D.
+    """
+    x, codebook = draw(shape)
+    upstream = torch.full_like(x, 1e-3)
+    layer = FusedLayer(codebook)
+    found: dict[str, Any] = {}
+
+    def backward() -> Tensor:
+        leaf, (quantized, _, loss) = found["leaf"], found["vector_quantize"]
+        return _gradient(leaf, quantized, loss, upstream)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "search": lambda: fastvq.search(x, layer.codebook),
+        "vector_quantize": lambda: layer.quantize(found["leaf"]),
+        "code_sums": lambda: layer.sum_up(found["leaf"], found["vector_quantize"][1]),
+        "ema_update_": lambda: layer.move(*found["code_sums"]),
+        "backward": backward,
+    }
+
+    def before() -> None:
+        found.clear()
+        _begin(layer, codebook)
+        found["leaf"] = x.detach().requires_grad_()
+        for name in () if operator == "search" else OPERATORS[: OPERATORS.index(operator)]:
+            found[name] = calls[name]()
+
+    return Work(calls[operator], before)
+
+
+def operator_bytes(shape: Shape) -> dict[str, int]:
+    """What the operators that do no search must read and write, each tensor once."""
+    n, k, d = shape
+    return {
+        "code_sums": 4 * n * d + 8 * n + 4 * k * (d + 1),
+        "ema_update_": 4 * k * (4 * d + 3),
+        "backward": 4 * 3 * n * d + 8 * n + 4 * k * d,
+    }
 
 
 # ---- residual quantisation --------------------------------------------------------------------------------------

@@ -42,6 +42,30 @@ def test_every_contender_takes_the_same_training_step(contender):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("operator", ["search", *contenders.OPERATORS])
+def test_an_operator_by_itself_does_what_it_does_in_a_step(operator):
+    work = contenders.operator_work(operator, SHAPE)
+    for _ in range(2):
+        work.once()  # always the first step from new codes
+    work.before()
+    found = work.call()
+    x, codebook = draw(SHAPE)
+    indices = fastvq.search(x, codebook)
+    counts, sums = fastvq.code_sums(x, indices, SHAPE[1])
+    if operator == "search":
+        assert torch.equal(found, indices)
+    elif operator == "vector_quantize":
+        assert torch.equal(found[1], indices)
+        assert found[2].requires_grad
+    elif operator == "code_sums":
+        assert torch.equal(found[0], counts)
+        assert torch.equal(found[1], sums)
+    elif operator == "ema_update_":
+        assert found is None
+    else:
+        torch.testing.assert_close(found, contenders.step_work("fastvq", SHAPE).call())
+
+
 def test_every_contender_takes_the_same_residual_stages():
     found = {name: contenders.residual_work(name, (3, 40), 4, (120, 16, 5)).call() for name in contenders.RESIDUALS}
     for quantized, indices, *_ in found.values():
@@ -163,6 +187,15 @@ def test_all_parts_and_what_is_made_of_them(small, tmp_path, call, monkeypatch):
         assert float(own["ratio"]) == 1
         assert float(own["p20_ms"]) <= float(own["p50_ms"]) <= float(own["p80_ms"])
         assert all(own[column] for column in ("cpu", "isa", "torch", "faiss", "peer", "day"))
+    operators = {r["contender"]: r for r in rows if r["part"] == "operators"}
+    assert {*operators} == {"fastvq", "search", *contenders.OPERATORS, *peaks, "copy"}
+    for name, row in operators.items():
+        moves = name in ("code_sums", "ema_update_", "backward", "copy")
+        assert (bool(row["gbs"]), bool(row["gflops"])) == (moves, not moves)
+        assert bool(row["ratio"]) == (name not in {*peaks, "copy"})
+    backward = operators["backward"]
+    bytes_moved = 3 * 4 * n * d + 8 * n + 4 * k * d
+    assert float(backward["gbs"]) == pytest.approx(bytes_moved / float(backward["p50_ms"]) / 1e6, rel=0.05, abs=0.1)
     assert {(r["contender"], r["threads"]) for r in rows if r["part"] == "threads"} >= {("fastvq", t) for t in "12"}
     data = {r["case"]: float(r["p50_ms"]) for r in rows if r["part"] == "data" and r["contender"] == "fastvq"}
     assert list(data) == [*FAMILIES, *(f"{family}, codebook unchanged" for family in FAMILIES)]
@@ -187,7 +220,14 @@ def test_all_parts_and_what_is_made_of_them(small, tmp_path, call, monkeypatch):
         shares = [data[key.format("gaussian")] / data[key.format(family)] for family in FAMILIES]
         (line,) = [line for line in summary.data().splitlines() if line.startswith(f"| 257, 33, 7{suffix} |")]
         assert [cell.split(" ")[0] for cell in line.split(" | ")[1:]] == [f"{share:.2f}" for share in shares]
-    for words in ("257, 33, 7, unchanged", "## Kinds of data", "## Threads", "## In a model", "16 images"):
+    for words in (
+        "257, 33, 7, unchanged",
+        "## What a training step is made of",
+        "## Kinds of data",
+        "## Threads",
+        "## In a model",
+        "16 images",
+    ):
         assert words in text
     with Image.open(io.BytesIO(plot.draw(read_csv(path)))) as image:
         assert image.width > 1000
@@ -205,7 +245,8 @@ def test_an_unknown_part(call):
     answer = call("bench", "speed")
     assert answer.status == 2
     assert answer.err == (
-        "fastvq bench: error: PART must be one of search, step, data, residual, threads, model, memory; got speed\n"
+        "fastvq bench: error: PART must be one of search, step, operators, data, residual, threads, model, memory; "
+        "got speed\n"
     )
 
 
