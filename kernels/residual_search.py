@@ -23,6 +23,7 @@ from .search import (
     code_bounds,
     groups_within,
     load_rows,
+    met,
     score_whole,
     screen_segments,
     search,
@@ -120,10 +121,7 @@ def stages_kernel(
                 certain = is_finite(value + error)
                 low = tl.where(valid, tl.where(certain, value - error, float("-inf")), float("inf"))
                 high = tl.where(valid & certain, value + error, float("inf"))
-                reached = tl.minimum(reached, high)
-                runner_up = tl.minimum(runner_up, tl.maximum(lowest, low))
-                nearest = tl.where(low < lowest, code, nearest)
-                lowest = tl.minimum(lowest, low)
+                reached, lowest, runner_up, nearest = met(reached, lowest, runner_up, nearest, low, high, code)
         uncertain = uncertain | ((runner_up <= reached) & (lowest < float("inf")))
         nearest = tl.where(nearest == NOBODY, 0, nearest)  # every distance is infinite or NaN, or the row is queued
         tl.store(indices_ptr + (head * N + rows) * Q + stage, nearest.to(tl.int64), mask=alive)

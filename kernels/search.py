@@ -3,7 +3,7 @@
 Three kernels a call. `screen_kernel` keeps, for each row, the smallest and the second smallest screened score of every
 column of its tiles, and lists the groups of codes that may hold the winner. `rescore_kernel` scores the codes of those
 groups, in float32 with an error bound and where that leaves two of them, by the contract in float64.
-`whole_kernel` takes the rows that had too many groups from a queue and scores every code by the contract.
+`whole_kernel` takes the rows that had too many groups from a queue and does the same with every code.
 docs/certified-search.md derives the bounds.
 """
 
@@ -417,31 +417,58 @@ def canonical(
 
 
 @triton.jit
-def residual_value(
-    x: tl.tensor,
-    alive: tl.tensor,
-    codebooks: tl.tensor,
-    chosen: tl.tensor,
-    stages: tl.tensor,
-    stride_q: tl.tensor,
-    D: tl.constexpr,
-    DOUBLE: tl.constexpr,
-) -> Any:
-    """What the chosen codes of the first `stages` stages leave of one value of each row, rounded once a stage."""
-    work: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    left = tl.load(x, mask=alive, other=0.0).to(work)
-    for stage in range(0, stages):
-        index = tl.load(chosen + stage, mask=alive, other=0)
-        left -= tl.load(codebooks + stage * stride_q + index * D, mask=alive, other=0.0).to(work)
-    return left
-
-
-@triton.jit
 def ranked(score: tl.tensor, valid: tl.tensor, EUCLIDEAN: tl.constexpr) -> Any:
     """Canonical scores as they are minimised: NaN counts as infinite, and so does what is not there."""
     if not EUCLIDEAN:
         score = -score
     return tl.where(valid & (tl.abs(score) >= 0), score, float("inf"))
+
+
+@triton.jit
+def nobody_met(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOUBLE: tl.constexpr) -> Any:
+    """Where places (rows, columns) stand before any code: what their winner reaches at most, the lowest lower end of
+    an interval, the next, and whose the lowest is."""
+    nothing = tl.full((ROWS, COLUMNS), float("inf"), tl.float64 if DOUBLE else tl.float32)
+    return nothing, nothing, nothing, tl.full((ROWS, COLUMNS), NOBODY, tl.int32)
+
+
+@triton.jit
+def met(
+    reached: tl.tensor,
+    lowest: tl.tensor,
+    runner_up: tl.tensor,
+    nearest: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    code: tl.tensor,
+) -> Any:
+    """Where every place stands with one code more, of which the interval is known."""
+    nearest = tl.where(low < lowest, code, nearest)
+    runner_up = tl.minimum(runner_up, tl.maximum(lowest, low))
+    return tl.minimum(reached, high), tl.minimum(lowest, low), runner_up, nearest
+
+
+@triton.jit
+def standing(reached: tl.tensor, lowest: tl.tensor, runner_up: tl.tensor, nearest: tl.tensor) -> Any:
+    """What a row knows from its places: an upper bound of the least score, who may have it, and whether others may."""
+    least = tl.min(lowest, axis=1)
+    whose = tl.min(tl.where(lowest == least[:, None], nearest, NOBODY), axis=1)
+    others = tl.where(nearest == whose[:, None], runner_up, lowest)
+    reached = tl.min(reached, axis=1)
+    return reached, whose, (tl.min(others, axis=1) <= reached) & (whose != NOBODY)
+
+
+@triton.jit
+def met_exactly(winning: tl.tensor, winner: tl.tensor, score: tl.tensor, code: tl.tensor) -> Any:
+    """The winner of every place and its score with one code more, a later one than all before."""
+    return tl.minimum(winning, score), tl.where(score < winning, code, winner)
+
+
+@triton.jit
+def first_least(score: tl.tensor, code: tl.tensor) -> Any:
+    """The code of each row that has the smallest score, the first of equals; NOBODY where all are infinite."""
+    least = tl.min(score, axis=1)[:, None]
+    return tl.min(tl.where((score == least) & (least < float("inf")), code, NOBODY), axis=1)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -478,11 +505,7 @@ def rescore_kernel(
     listed = listed_ptr + head * splits * LISTED * N + rows
     member = tl.arange(0, GROUP)[None, :]
 
-    work: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    reached = tl.full((ROWS,), float("inf"), work)  # the winner's score is at most this
-    lowest = tl.full((ROWS,), float("inf"), work)  # the smallest lower end of an interval, whose it is, and the next
-    runner_up = tl.full((ROWS,), float("inf"), work)
-    nearest = tl.full((ROWS,), NOBODY, tl.int32)
+    reached, lowest, runner_up, nearest = nobody_met(ROWS, GROUP, DOUBLE)
     whole = tl.zeros((ROWS,), tl.int1)
     place = listed
     for _ in range(0, splits * LISTED):
@@ -494,19 +517,14 @@ def rescore_kernel(
             valid = (group >= 0)[:, None] & (code < K)
             codes = codebook + code.to(tl.int64) * D
             low, high = interval(x, alive, stride_d, codes, valid, D, CHUNK, EUCLIDEAN, DOUBLE)
-            least = tl.min(low, axis=1)
-            whose = tl.min(tl.where(valid & (low == least[:, None]), code, NOBODY), axis=1)
-            next_low = tl.min(tl.where(code == whose[:, None], float("inf"), low), axis=1)
-            reached = tl.minimum(reached, tl.min(high, axis=1))
-            runner_up = tl.minimum(tl.minimum(runner_up, next_low), tl.maximum(lowest, least))
-            nearest = tl.where(least < lowest, whose, nearest)
-            lowest = tl.minimum(lowest, least)
+            reached, lowest, runner_up, nearest = met(reached, lowest, runner_up, nearest, low, high, code)
+    reached, nearest, tied = standing(reached, lowest, runner_up, nearest)
 
     # Two codes within the error of float32: the contract decides among all that are listed.
-    tied = (runner_up <= reached) & (lowest < float("inf")) & ~whole
+    tied = tied & ~whole
     if tl.max(tied.to(tl.int32), axis=0) > 0:
-        winning = tl.full((ROWS,), float("inf"), tl.float64)
-        winner = tl.full((ROWS,), NOBODY, tl.int32)
+        winning = tl.full((ROWS, GROUP), float("inf"), tl.float64)
+        winner = tl.full((ROWS, GROUP), NOBODY, tl.int32)
         place = listed
         for _ in range(0, splits * LISTED):
             group = tl.load(place, mask=alive & tied, other=NONE)
@@ -517,12 +535,8 @@ def rescore_kernel(
                 codes = codebook + code.to(tl.int64) * D
                 score = canonical(x[:, None], alive[:, None], stride_d, codes, valid, D, EUCLIDEAN)
                 score = ranked(score, valid, EUCLIDEAN)
-                least = tl.min(score, axis=1)
-                whose = tl.min(tl.where(score == least[:, None], code, NOBODY), axis=1)
-                better = (least < winning) | ((least == winning) & (whose < winner))
-                winner = tl.where(better & (least < float("inf")), whose, winner)
-                winning = tl.minimum(winning, least)
-        nearest = tl.where(tied, winner, nearest)
+                winning, winner = met_exactly(winning, winner, score, code)
+        nearest = tl.where(tied, first_least(winning, winner), nearest)
 
     nearest = tl.where(nearest == NOBODY, 0, nearest)  # every distance is infinite or NaN
     found = alive & ~whole
@@ -536,6 +550,45 @@ def rescore_kernel(
         tl.store(queue_ptr + head * N + position, rows, mask=unfound)
 
 
+@triton.jit
+def nearest_code(
+    x: tl.tensor,  # (1) pointer to a row, dense
+    codebook: tl.tensor,
+    K: tl.tensor,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> Any:
+    """The nearest of all codes, (1), NOBODY where every distance is infinite or NaN.
+
+    Nothing crosses warps while the codes are scanned: every column of the tile has its own standing.
+    """
+    there = tl.full((1,), 1, tl.int1)
+    reached, lowest, runner_up, nearest = nobody_met(1, COLUMNS, DOUBLE)
+    for start in range(0, K, COLUMNS):
+        code = start + tl.arange(0, COLUMNS)[None, :]
+        codes = codebook + code.to(tl.int64) * D
+        low, high = interval(x, there, 1, codes, code < K, D, CHUNK, EUCLIDEAN, DOUBLE)
+        reached, lowest, runner_up, nearest = met(reached, lowest, runner_up, nearest, low, high, code)
+    reached, nearest, tied = standing(reached, lowest, runner_up, nearest)
+    if tl.max(tied.to(tl.int32), axis=0) > 0:
+        winning = tl.full((1, COLUMNS), float("inf"), tl.float64)
+        winner = tl.full((1, COLUMNS), NOBODY, tl.int32)
+        for start in range(0, K, COLUMNS):
+            code = start + tl.arange(0, COLUMNS)[None, :]
+            codes = codebook + code.to(tl.int64) * D
+            low, _ = interval(x, there, 1, codes, code < K, D, CHUNK, EUCLIDEAN, DOUBLE)
+            close = (code < K) & (low <= reached[:, None])
+            if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:
+                score = canonical(x[:, None], there[:, None], 1, codes, close, D, EUCLIDEAN)
+                score = ranked(score, close, EUCLIDEAN)
+                winning, winner = met_exactly(winning, winner, score, code)
+        nearest = first_least(winning, winner)
+    return nearest
+
+
 @triton.jit(do_not_specialize=["N", "K", "Q"])
 def whole_kernel(
     x_ptr: tl.tensor,
@@ -547,60 +600,53 @@ def whole_kernel(
     codebooks_ptr: tl.tensor,  # (H, Q, K, D)
     queue_ptr: tl.tensor,  # (H, N) int64
     queued_ptr: tl.tensor,  # (H) int32
+    residuals_ptr: tl.tensor,  # scratch (H, programs, D), of the type that is computed in
     indices_ptr: tl.tensor,  # out (H, N, Q) int64
     distances_ptr: tl.tensor,  # out (H, N, Q); not written unless DISTANCES
     N: tl.tensor,
     K: tl.tensor,
     Q: tl.tensor,
     D: tl.constexpr,
-    STAGED: tl.constexpr,  # whether Q is more than 1
+    CHUNK: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     DOUBLE: tl.constexpr,
     DISTANCES: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Queued rows against every code of every stage, by the contract. Grid (programs, heads).
+    """Queued rows against every code of every stage, a row at a time. Grid (programs, heads).
 
-    Each program takes blocks of the queue. What earlier stages left of a row is computed anew, value by value.
+    What earlier stages left of its row is each program's own, in memory.
     """
     head = tl.program_id(1).to(tl.int64)
     queued = tl.load(queued_ptr + head)
-    for block in range(tl.program_id(0), tl.cdiv(queued, ROWS), tl.num_programs(0)):
-        entry = block * ROWS + tl.arange(0, ROWS)
-        alive = entry < queued
-        rows = tl.load(queue_ptr + head * N + entry, mask=alive, other=0)
-        x = x_ptr + head * stride_h + row_offsets(rows, inner, stride_outer, stride_inner)
-        chosen = indices_ptr + (head * N + rows) * Q
+    residual = residuals_ptr + (head * tl.num_programs(0) + tl.program_id(0)) * D
+    there = tl.full((1,), 1, tl.int1)
+    for entry in range(tl.program_id(0), queued, tl.num_programs(0)):
+        row = tl.load(queue_ptr + head * N + entry)
+        x = x_ptr + head * stride_h + row_offsets(row, inner, stride_outer, stride_inner)
+        tl.debug_barrier()  # the row before has been read
+        for start in range(0, D, CHUNK):
+            dims = start + tl.arange(0, CHUNK)
+            values = tl.load(x + dims.to(tl.int64) * stride_d, mask=dims < D)
+            tl.store(residual + dims, values.to(residuals_ptr.dtype.element_ty), mask=dims < D)
         for stage in range(0, Q):
+            tl.debug_barrier()  # what other threads have written is read
             codebook = codebooks_ptr + (head * Q + stage) * K * D
-            winning = tl.full((ROWS,), float("inf"), tl.float64)
-            nearest = tl.zeros((ROWS,), tl.int32)
-            for start in range(0, K, COLUMNS):
-                code = start + tl.arange(0, COLUMNS)
-                valid = (code < K)[None, :]
-                codes = codebook + code.to(tl.int64)[None, :] * D
-                score = tl.zeros((ROWS, COLUMNS), tl.float64)
-                for i in range(0, D):
-                    if STAGED:
-                        first = codebooks_ptr + head * Q * K * D + i
-                        left = residual_value(x + i * stride_d, alive, first, chosen, stage, K * D, D, DOUBLE)
-                    else:
-                        left = tl.load(x + i * stride_d, mask=alive, other=0.0)
-                    other = tl.load(codes + i, mask=valid, other=0.0).to(tl.float64)
-                    score = one_term(score, left.to(tl.float64)[:, None], other, EUCLIDEAN)
-                score = ranked(score, valid, EUCLIDEAN)
-                least = tl.min(score, axis=1)
-                whose = tl.min(tl.where(score == least[:, None], code[None, :], K), axis=1)
-                nearest = tl.where(least < winning, whose, nearest)
-                winning = tl.minimum(winning, least)
-            tl.store(chosen + stage, nearest.to(tl.int64), mask=alive)
-            if STAGED:
-                tl.debug_barrier()  # the next stage reads what other threads have stored
+            left = residual + tl.zeros((1,), tl.int32)
+            nearest = nearest_code(left, codebook, K, D, CHUNK, EUCLIDEAN, DOUBLE, COLUMNS)
+            nearest = tl.where(nearest == NOBODY, 0, nearest).to(tl.int64)
+            place = (head * N + row) * Q + stage + tl.zeros((1,), tl.int32)
+            tl.store(indices_ptr + place, nearest)
+            chosen = codebook + nearest * D
             if DISTANCES:
-                distance = canonical(x, alive, stride_d, codebook + nearest.to(tl.int64) * D, alive, D, EUCLIDEAN)
-                distances = distances_ptr + (head * N + rows) * Q + stage
-                tl.store(distances, distance, mask=alive)
+                tl.store(distances_ptr + place, canonical(left, there, 1, chosen, there, D, EUCLIDEAN))
+            if stage + 1 < Q:
+                tl.debug_barrier()  # the residual has been read
+                for start in range(0, D, CHUNK):
+                    dims = start + tl.arange(0, CHUNK)[None, :]
+                    values = tl.load(left[:, None] + dims, mask=dims < D)
+                    taken = tl.load(chosen[:, None] + dims, mask=dims < D)
+                    tl.store(left[:, None] + dims, values - taken.to(values.dtype), mask=dims < D)
 
 
 class Tiles(NamedTuple):
@@ -616,7 +662,7 @@ class Tiles(NamedTuple):
 _RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
 _GATHERED = 512
 _ROUNDED = 16  # rows of a program that rounds them
-_WHOLE = 4  # rows of a program that scores them whole, 32 codes at a time: with more of either some dtypes spill
+_SCANNED = 128  # codes that a row scored whole meets at a time, 128 bytes of each: a line of the cache
 _ROWS_STAY = ("sm_90", "sm_100", "sm_103")
 
 
@@ -768,21 +814,25 @@ def score_whole(
     distances: Tensor | None,
     stages: int = 1,
 ) -> None:
-    """Take the queued rows through all stages by the contract; codebooks ([H,] [Q,] K, D), indices (H, N, Q)."""
+    """Take the queued rows through all stages; codebooks ([H,] [Q,] K, D), indices (H, N, Q)."""
+    double = torch.float64 in (rows.tensor.dtype, codebooks.dtype)
+    programs = min(4 * device.multiprocessors, rows.length)
+    work = torch.float64 if double else torch.float32
+    residuals = torch.empty((rows.heads, programs, rows.dim), dtype=work, device=codebooks.device)
     launch(
         whole_kernel,
-        (min(4 * device.multiprocessors, triton.cdiv(rows.length, _WHOLE)), rows.heads),
-        *[rows.tensor, rows.inner, *rows.strides, codebooks, queue, queued],
+        (programs, rows.heads),
+        *[rows.tensor, rows.inner, *rows.strides, codebooks, queue, queued, residuals],
         *[indices, indices if distances is None else distances, rows.length, codebooks.shape[-2], stages],
         D=rows.dim,
-        STAGED=stages > 1,
+        CHUNK=min(width_of(rows.dim), 16 if codebooks.dtype == torch.float64 else 32),
         EUCLIDEAN=euclidean,
-        DOUBLE=torch.float64 in (rows.tensor.dtype, codebooks.dtype),
+        DOUBLE=double,
         DISTANCES=distances is not None,
-        ROWS=_WHOLE,
-        COLUMNS=32,
-        num_warps=4,
+        COLUMNS=_SCANNED,
+        num_warps=8,
         num_stages=1,
+        **({"maxnreg": 255} if device.backend == "cuda" else {}),  # else ptxas spills a little, for more warps
     )
 
 

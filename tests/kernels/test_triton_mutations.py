@@ -28,12 +28,19 @@ def crowded():
     return codebook[1] + 1e-4 * torch.randn(64, 24), codebook
 
 
+def crowded_ties():
+    """The same, so close to each other that float32 cannot tell them apart."""
+    _, codebook = make("gaussian", 64, 512, 24)
+    codebook[1::4] = codebook[1] + 1e-7 * torch.randn(128, 24)
+    return codebook[1] + torch.randn(32, 24), codebook
+
+
 def tied():
     """Integers: exact ties, within a group and between groups."""
     return make("integers", 64, 40, 3)
 
 
-CASES = {"half_way": half_way, "crowded": crowded, "tied": tied}
+CASES = {"half_way": half_way, "crowded": crowded, "crowded_ties": crowded_ties, "tied": tied}
 
 # What is taken away: the case that shows it, and the lines of the source that do it.
 MUTANTS = {
@@ -43,16 +50,17 @@ MUTANTS = {
     "the last tie": (
         "tied",
         {
-            "tl.min(tl.where(score == least[:, None], code, NOBODY), axis=1)": (
-                "tl.max(tl.where(score == least[:, None], code, -1), axis=1)"
+            "tl.where(score < winning, code, winner)": "tl.where(score <= winning, code, winner)",
+            'tl.min(tl.where((score == least) & (least < float("inf")), code, NOBODY), axis=1)': (
+                'tl.max(tl.where((score == least) & (least < float("inf")), code, -1), axis=1)'
             ),
-            "(whose < winner)": "((whose > winner) | (winner == NOBODY))",
-            "tl.min(tl.where(score == least[:, None], code[None, :], K), axis=1)": (
-                "tl.max(tl.where(score == least[:, None], code[None, :], -1), axis=1)"
-            ),
-            "tl.where(least < winning, whose, nearest)": "tl.where(least <= winning, whose, nearest)",
         },
     ),
+    "no contract for rows of the queue": (
+        "crowded_ties",
+        {"> 0:\n        winning = tl.full((1, COLUMNS)": "> 1:\n        winning = tl.full((1, COLUMNS)"},
+    ),
+    "a contract that leaves out ties": ("crowded_ties", {"(low <= reached[:, None])": "(low < lowest)"}),
 }
 
 

@@ -1,5 +1,6 @@
 """Triton's search in the interpreter: the canonical index for every row, every tensor between forbidden pages."""
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_same_bits, assert_same_indices
@@ -157,6 +158,21 @@ def test_rows_with_too_many_groups_are_queued():
     x[::2] = codebook[0] + 1e-4 * torch.randn(32, 24)
     assert torch.equal(whole_rows(listed(x, codebook)), torch.arange(64) % 2 == 0)
     check(x, codebook)
+
+
+@pytest.mark.parametrize("metric", METRICS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_is_queued(dtype, metric):
+    """Three codes, a unit in the last place apart, each some fifteen times in the codebook; a NaN row, a NaN code."""
+    x, codebook = make("gaussian", 9, 151, 19, dtype, heads=2)
+    kind = torch.from_numpy(np.random.default_rng(0).integers(3, size=(2, 50, 1)))
+    codebook[:, 1::3] = codebook[:, :1] * 4 * (1 + kind * torch.finfo(codebook.dtype).eps).to(codebook.dtype)
+    x += codebook[:, 1:2]
+    if metric == "euclidean":
+        codebook[0, 5] = torch.nan
+        x[0, 8, 3] = torch.nan
+    assert whole_rows(listed(x[0], codebook[0], metric)).all()
+    check(x.transpose(1, 2).contiguous().transpose(1, 2), codebook, metric)
 
 
 def test_a_second_code_hidden_in_the_same_column_is_seen():
