@@ -30,14 +30,20 @@ bool lies_as_floats(const Rows& codes) {
   return codes.dtype == DType::kFloat32 && codes.step == 1;
 }
 
+// Calls f(g, task, scratch) for every group, with a thread's scratch of so many floats.
 template <class F>
-void for_each_group(std::int64_t groups, int threads, const F& f) {
+void for_each_group(std::int64_t groups, int threads, std::int64_t floats, const F& f) {
   parallel(tasks_of(groups), threads, [&](Tasks& tasks) {
+    const Buffer<float> scratch(floats);
     for (std::int64_t task; tasks.next(&task);) {
       const std::int64_t end = std::min(groups, (task + 1) * kGroupsPerTask);
-      for (std::int64_t g = task * kGroupsPerTask; g < end; ++g) f(g, task);
+      for (std::int64_t g = task * kGroupsPerTask; g < end; ++g) f(g, task, scratch.get());
     }
   });
+}
+template <class F>
+void for_each_group(std::int64_t groups, int threads, const F& f) {
+  for_each_group(groups, threads, 0, [&](std::int64_t g, std::int64_t task, float*) { f(g, task); });
 }
 
 }  // namespace
@@ -210,9 +216,8 @@ float PackedCodebook::choose_block(int threads) {
   if (block < 4 || screen_largest_ < kUneven * typical_) return screen_largest_;
   const RowKernel& kernel = row_kernel();
   std::vector<float> largest(tasks_of(view_.groups), 0.0f);
-  for_each_group(view_.groups, threads, [&](std::int64_t g, std::int64_t task) {
-    const Buffer<float> transformed(width * kGroup);
-    const float of_group = kernel.transform(view_.screen + g * width * kGroup, width, block, transformed.get());
+  for_each_group(view_.groups, threads, width * kGroup, [&](std::int64_t g, std::int64_t task, float* transformed) {
+    const float of_group = kernel.transform(view_.screen + g * width * kGroup, width, block, transformed);
     largest[task] = std::max(largest[task], of_group);
   });
   const float most = *std::max_element(largest.begin(), largest.end());
@@ -241,19 +246,15 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
   int8_bias_ = Buffer<std::int32_t>(groups * kGroup);
   const RowKernel& kernel = row_kernel();
   std::vector<CodeExtremes> extremes(tasks_of(groups));
-  for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
+  const bool transformed = view_.int8_block > 1;
+  const std::int64_t room = transformed ? width * kGroup : 0;
+  for_each_group(groups, threads, room, [&](std::int64_t g, std::int64_t task, float* scratch) {
     const float* group = view_.screen + g * width * kGroup;
-    Buffer<float> transformed;
-    if (view_.int8_block > 1) {
-      transformed = Buffer<float>(width * kGroup);
-      kernel.transform(group, width, view_.int8_block, transformed.get());
-    }
-    kernel.quantise(transformed ? transformed.get() : group, view_.bias + g * kGroup, width, scale,
+    if (transformed) kernel.transform(group, width, view_.int8_block, scratch);
+    kernel.quantise(transformed ? scratch : group, view_.bias + g * kGroup, width, scale,
                     int8_codes_.get() + g * quads * 4 * kGroup, int8_start_.get() + g * kGroup,
                     int8_whole_start_.get() + g * kGroup, int8_bias_.get() + g * kGroup, &extremes[task]);
-    if (!rows_) return;
-    for (int j = 0; j < kGroup; ++j)
-      for (std::int64_t d = 0; d < width; ++d) rows_[(g * kGroup + j) * width + d] = group[d * kGroup + j];
+    if (rows_) kernel.store_codes(group, width, rows_.get() + g * kGroup * width);
   });
   double residual = 0;
   for (const CodeExtremes& e : extremes) {

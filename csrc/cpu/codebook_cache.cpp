@@ -86,6 +86,8 @@ void for_each_run(const Rows& codes, int threads, const Body& body) {
 
 bool same_codes(const Kept& entry, const Rows& codes, int threads) {
   const std::int64_t bytes = row_bytes(codes);
+  // Another codebook mostly differs at once: threads need not be woken for it.
+  if (std::memcmp(row_at(codes, 0), entry.codes.get(), bytes) != 0) return false;
   std::atomic<bool> same{true};
   // Waking the others is for the search too, which comes next.
   constexpr std::int64_t kByteWork = 16;  // multiply-adds that reading a byte of both is worth

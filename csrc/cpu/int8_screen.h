@@ -193,18 +193,6 @@ inline void store_bytes(std::int8_t* out, IntVector v) {
 #endif
 }
 
-// One step of the transform: each pair of lanes kStep apart becomes its sum and its difference.
-template <int kStep>
-inline FloatVector sums_and_differences(FloatVector v) {
-  IntVector other{}, sign{};
-#pragma GCC unroll 16
-  for (int l = 0; l < kLanes; ++l) {
-    other[l] = (l ^ kStep) % kLanes;
-    sign[l] = l & kStep ? INT32_MIN : 0;
-  }
-  return __builtin_shuffle(v, other) + reinterpret_cast<FloatVector>(reinterpret_cast<IntVector>(v) ^ sign);
-}
-
 // out [D] = the Hadamard transform of `block` dimensions at a time; returns the largest magnitude in each lane.
 FloatVector transform_row(const float* row, std::int64_t width, std::int64_t block, float* out) {
   for_each_vector(width, [&](std::int64_t d, int count) {

@@ -63,20 +63,28 @@ void transpose_rows(const float* const* rows, std::int64_t width, float* out) {
 
 typedef std::int32_t GroupIndex __attribute__((vector_size(32)));
 
-// out [kLanes][width] = the transpose of `width` columns of kLanes floats that lie `stride` apart.
-void untranspose(const float* columns, std::int64_t stride, std::int64_t width, float* out) {
+// out [kCount][width] = the transpose of `width` columns of kCount floats that lie `stride` apart.
+template <class Vector, class Index, int kCount>
+void transpose_columns(const float* columns, std::int64_t stride, std::int64_t width, float* out) {
   std::int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    FloatVector block[kLanes];
-    for (int i = 0; i < kLanes; ++i) block[i] = load<FloatVector>(columns + (d + i) * stride);
-    transpose<FloatVector, IntVector, kLanes>(block);
-    for (int i = 0; i < kLanes; ++i) store(out + i * width + d, block[i]);
+  for (; d + kCount <= width; d += kCount) {
+    Vector block[kCount];
+    for (int i = 0; i < kCount; ++i) block[i] = load<Vector>(columns + (d + i) * stride);
+    transpose<Vector, Index, kCount>(block);
+    for (int i = 0; i < kCount; ++i) store(out + i * width + d, block[i]);
   }
   for (; d < width; ++d)
-    for (int i = 0; i < kLanes; ++i) out[i * width + d] = columns[d * stride + i];
+    for (int i = 0; i < kCount; ++i) out[i * width + d] = columns[d * stride + i];
+}
+
+void untranspose(const float* columns, std::int64_t stride, std::int64_t width, float* out) {
+  transpose_columns<FloatVector, IntVector, kLanes>(columns, stride, width, out);
 }
 void load_codes(const float* const* rows, std::int64_t width, float* codes) {
   transpose_rows<GroupVector, GroupIndex, kGroup>(rows, width, codes);
+}
+void store_codes(const float* codes, std::int64_t width, float* rows) {
+  transpose_columns<GroupVector, GroupIndex, kGroup>(codes, kGroup, width, rows);
 }
 
 typedef std::uint32_t GroupHash __attribute__((vector_size(32)));
@@ -86,94 +94,175 @@ inline GroupVector magnitude(GroupVector v) {
   return reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(v) & 0x7fffffff);
 }
 inline GroupVector larger(GroupVector a, GroupVector b) {
+#if defined(__AVX512F__)
+  return _mm256_max_ps(a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 #endif
 
+// Calls f(d, chain) for every dimension: sums in several chains do not wait for each other.
+constexpr int kChains = 2;
+template <class F>
+inline void for_each_dimension(std::int64_t width, const F& f) {
+  std::int64_t d = 0;
+  for (; d + kChains <= width; d += kChains) {
+    f(d, 0);
+    f(d + 1, 1);
+  }
+  if (d < width) f(d, 0);
+}
+
 void measure(const float* codes, std::int64_t width, int count, float* bias, std::uint32_t* hashes,
              CodeStatistics* statistics) {
-  GroupVector poison = {};  // becomes NaN where an element is not finite
-  GroupHash hash = {};
-  for (std::int64_t d = 0; d < width; ++d) {
+  GroupVector poison[kChains] = {};  // becomes NaN where an element is not finite
+  GroupHash hash[kChains] = {};
+  for_each_dimension(width, [&](std::int64_t d, int chain) {
     const GroupVector c = load<GroupVector>(codes + d * kGroup);
-    poison += c - c;
-    hash = (hash ^ reinterpret_cast<GroupHash>(c)) * 0x9e3779b1u;
-  }
-  store(hashes, hash ^ (hash >> 15));
+    poison[chain] += c - c;
+    hash[chain] = (hash[chain] ^ reinterpret_cast<GroupHash>(c)) * 0x9e3779b1u;
+  });
+  const GroupHash both = (hash[0] * 0x9e3779b1u) ^ hash[1];
+  store(hashes, both ^ (both >> 15));
+  const GroupVector bad = poison[0] + poison[1];
   GroupIndex keep;  // ones for the codes that count
   for (int j = 0; j < kGroup; ++j) {
-    const bool usable = j < count && poison[j] == 0;
+    const bool usable = j < count && bad[j] == 0;
     bias[j] = usable ? 0.0f : kInfinity;
     keep[j] = usable ? -1 : 0;
     statistics->finite += usable;
   }
-  GroupVector largest = {}, squares = {};
-  for (std::int64_t d = 0; d < width; ++d) {
+  GroupVector largest[kChains] = {}, squares[kChains] = {};
+  for_each_dimension(width, [&](std::int64_t d, int chain) {
     const GroupVector c =
         reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(load<GroupVector>(codes + d * kGroup)) & keep);
-    float* sum = statistics->sums + d * kGroup;
-    store(sum, load<GroupVector>(sum) + c);
-    squares += c * c;
-    largest = larger(largest, magnitude(c));
-  }
+    float* total = statistics->sums + d * kGroup;
+    store(total, load<GroupVector>(total) + c);
+    squares[chain] += c * c;
+    largest[chain] = larger(largest[chain], magnitude(c));
+  });
+  const GroupVector square = squares[0] + squares[1], most = larger(largest[0], largest[1]);
   for (int j = 0; j < kGroup; ++j) {
-    statistics->squares += squares[j];
-    statistics->largest = largest[j] > statistics->largest ? largest[j] : statistics->largest;
+    statistics->squares += square[j];
+    statistics->largest = most[j] > statistics->largest ? most[j] : statistics->largest;
+  }
+}
+
+// kMoved: the codes are centred and scaled, else screened as they are.
+template <bool kMoved>
+void screen_group(const float* codes, const CodebookView& codebook, float* bias, float* screened,
+                  CodeExtremes* extremes) {
+  const DoubleVector scale = broadcast(codebook.scale);
+  GroupIndex keep;
+  for (int j = 0; j < kGroup; ++j) keep[j] = bias[j] == 0 ? -1 : 0;
+  DoubleVector norm[kChains][kPieces] = {}, residual[kChains][kPieces] = {};
+  GroupVector largest[kChains] = {};
+  for_each_dimension(codebook.width, [&](std::int64_t d, int chain) {
+    const float* code = codes + d * kGroup;
+    GroupVector c = load<GroupVector>(code);
+    float kept[kGroup];
+    DoubleVector wanted[kPieces];
+    if (kMoved) {
+      const DoubleVector mean = broadcast(codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0);
+      for (int i = 0; i < kPieces; ++i) {
+        wanted[i] = (load_wide(code + i * kWide) - mean) * scale;
+        store(kept + i * kWide, narrow_half(wanted[i]));
+      }
+      c = reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(load<GroupVector>(kept)) & keep);
+      store(screened + d * kGroup, c);
+    }
+    store(kept, c);
+    for (int i = 0; i < kPieces; ++i) {
+      const DoubleVector wide = load_wide(kept + i * kWide);
+      norm[chain][i] += wide * wide;
+      if (kMoved) residual[chain][i] += (wanted[i] - wide) * (wanted[i] - wide);
+    }
+    largest[chain] = larger(largest[chain], magnitude(c));
+  });
+  const GroupVector most = larger(largest[0], largest[1]);
+  for (int j = 0; j < kGroup; ++j) {
+    if (bias[j] != 0) continue;
+    const int i = j / kWide, l = j % kWide;
+    const double squared = norm[0][i][l] + norm[1][i][l], error = residual[0][i][l] + residual[1][i][l];
+    if (codebook.metric == Metric::kEuclidean) bias[j] = static_cast<float>(squared / 2);
+    extremes->norm = squared > extremes->norm ? squared : extremes->norm;
+    extremes->residual = error > extremes->residual ? error : extremes->residual;
+    extremes->largest = most[j] > extremes->largest ? most[j] : extremes->largest;
   }
 }
 
 void screen_codes(const float* codes, const CodebookView& codebook, float* bias, float* screened,
                   CodeExtremes* extremes) {
-  const DoubleVector scale = broadcast(codebook.scale);
-  DoubleVector norm[kPieces] = {}, residual[kPieces] = {};
-  GroupVector largest = {};
-  for (std::int64_t d = 0; d < codebook.width; ++d) {
-    if (screened) {
-      const DoubleVector mean = broadcast(codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0);
-      for (int i = 0; i < kPieces; ++i) {
-        const DoubleVector wanted = (load_wide(codes + d * kGroup + i * kWide) - mean) * scale;
-        store(screened + d * kGroup + i * kWide, narrow_half(wanted));
-      }
-      for (int j = 0; j < kGroup; ++j)
-        if (bias[j] != 0) screened[d * kGroup + j] = 0;
-      for (int i = 0; i < kPieces; ++i) {
-        const DoubleVector wanted = (load_wide(codes + d * kGroup + i * kWide) - mean) * scale;
-        const DoubleVector error = wanted - load_wide(screened + d * kGroup + i * kWide);
-        residual[i] += error * error;
-      }
-    }
-    const float* kept = (screened ? screened : codes) + d * kGroup;
-    for (int i = 0; i < kPieces; ++i) {
-      const DoubleVector c = load_wide(kept + i * kWide);
-      norm[i] += c * c;
-    }
-    largest = larger(largest, magnitude(load<GroupVector>(kept)));
-  }
-  for (int j = 0; j < kGroup; ++j) {
-    if (bias[j] != 0) continue;
-    const double squared = norm[j / kWide][j % kWide], error = residual[j / kWide][j % kWide];
-    if (codebook.metric == Metric::kEuclidean) bias[j] = static_cast<float>(squared / 2);
-    extremes->norm = squared > extremes->norm ? squared : extremes->norm;
-    extremes->residual = error > extremes->residual ? error : extremes->residual;
-    extremes->largest = largest[j] > extremes->largest ? largest[j] : extremes->largest;
-  }
+  if (screened) return screen_group<true>(codes, codebook, bias, screened, extremes);
+  screen_group<false>(codes, codebook, bias, screened, extremes);
 }
 
 #if defined(FASTVQ_INT8)
-float transform_codes(const float* screened, std::int64_t width, std::int64_t block, float* out) {
-  for (std::int64_t i = 0; i < width * kGroup; ++i) out[i] = screened[i];
-  for (std::int64_t s = 1; s < block; s *= 2) {
-    for (std::int64_t d = 0; d < width; ++d) {
-      if (d & s) continue;
-      const GroupVector a = load<GroupVector>(out + d * kGroup), b = load<GroupVector>(out + (d + s) * kGroup);
-      store(out + d * kGroup, a + b);
-      store(out + (d + s) * kGroup, a - b);
+// One step of the transform: each pair of lanes kStep apart becomes its sum and its difference.
+template <int kStep>
+inline FloatVector sums_and_differences(FloatVector v) {
+  IntVector other{}, sign{};
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) {
+    other[l] = (l ^ kStep) % kLanes;
+    sign[l] = l & kStep ? INT32_MIN : 0;
+  }
+  return __builtin_shuffle(v, other) + reinterpret_cast<FloatVector>(reinterpret_cast<IntVector>(v) ^ sign);
+}
+
+// log2(kRadix) steps in one pass, on kRadix vectors at a time that lie `stride` apart, after the step within each
+// vector if it is the first pass; returns the largest magnitude in each lane.
+template <int kRadix, bool kFirst>
+FloatVector transform_steps(const float* in, std::int64_t vectors, std::int64_t stride, float* out) {
+  FloatVector most = {};
+  for (std::int64_t first = 0; first < vectors; first += kRadix * stride) {
+    for (std::int64_t i = first; i < first + stride; ++i) {
+      FloatVector v[kRadix];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRadix; ++j) {
+        v[j] = load<FloatVector>(in + (i + j * stride) * kLanes);
+        if (kFirst && kLanes > kGroup) v[j] = sums_and_differences<kGroup>(v[j]);
+      }
+#pragma GCC unroll 3
+      for (int s = 1; s < kRadix; s *= 2) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kRadix; ++j) {
+          if (j & s) continue;
+          const FloatVector a = v[j], b = v[j + s];
+          v[j] = a + b;
+          v[j + s] = a - b;
+        }
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kRadix; ++j) {
+        store(out + (i + j * stride) * kLanes, v[j]);
+        most = larger(most, magnitude(v[j]));
+      }
     }
   }
-  GroupVector most = {};
-  for (std::int64_t d = 0; d < width; ++d) most = larger(most, magnitude(load<GroupVector>(out + d * kGroup)));
+  return most;
+}
+template <bool kFirst>
+FloatVector transform_pass(const float* in, std::int64_t vectors, std::int64_t stride, std::int64_t radix, float* out) {
+  if (radix == 8) return transform_steps<8, kFirst>(in, vectors, stride, out);
+  if (radix == 4) return transform_steps<4, kFirst>(in, vectors, stride, out);
+  return transform_steps<2, kFirst>(in, vectors, stride, out);
+}
+
+float transform_codes(const float* screened, std::int64_t width, std::int64_t block, float* out) {
+  constexpr std::int64_t kDimensions = kLanes / kGroup;  // of a vector
+  constexpr std::int64_t kMost = 8;                      // vectors that a pass can hold in registers
+  const std::int64_t vectors = width / kDimensions, length = block / kDimensions;
+  std::int64_t stride = length < kMost ? length : kMost;
+  FloatVector most = transform_pass<true>(screened, vectors, 1, stride, out);
+  while (stride < length) {
+    const std::int64_t radix = length / stride < kMost ? length / stride : kMost;
+    most = transform_pass<false>(out, vectors, stride, radix, out);
+    stride *= radix;
+  }
   float largest = 0;
-  for (int j = 0; j < kGroup; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
   return largest;
 }
 

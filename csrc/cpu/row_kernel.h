@@ -99,6 +99,8 @@ struct RowKernel {
 
   // The packing of one group: `codes` is [D][8], and 8 rows of D contiguous floats for load_codes.
   void (*load_codes)(const float* const* rows, std::int64_t width, float* codes);
+  // The way back: rows [8][D].
+  void (*store_codes)(const float* codes, std::int64_t width, float* rows);
   // bias [8] becomes 0 for the codes that are finite, among the first `count`, and infinite for the others; hashes [8]
   // are equal for equal codes.
   void (*measure)(const float* codes, std::int64_t width, int count, float* bias, std::uint32_t* hashes,

@@ -145,27 +145,28 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
   for (int l = 0; l < kLanes; ++l) {
     float* out = centred + l * width;
     const float* x = source[l];
+    const float* const row = rows->row[l] = plain ? x : out;
+    FloatVector minus = {}, most = {};
+    const auto add = [&](FloatVector value) {
+      minus = subtract_product(minus, value, value);
+      most = larger(most, magnitude(value));
+    };
     if (moved) {
-      FloatVector minus = {};
+      FloatVector minus_errors = {};
       for_each_vector(width, [&](std::int64_t d, int count) {
         const FloatVector value = load_up_to(x + d, count), mean = load_up_to(codebook.mean + d, count);
         const FloatVector difference = value - mean, virtual_mean = value - difference;
         store_up_to(out + d, difference, count);
+        add(difference);
         // Exactly what rounding the difference lost (Knuth's two-sum).
         const FloatVector lost = (value - (difference + virtual_mean)) - (mean - virtual_mean);
-        minus = subtract_product(minus, lost, lost);
+        minus_errors = subtract_product(minus_errors, lost, lost);
       });
-      errors[l] = minus;
-    } else if (!plain) {
-      error[l] = move(codebook, x, out);
+      errors[l] = minus_errors;
+    } else {
+      if (!plain) error[l] = move(codebook, x, out);
+      for_each_vector(width, [&](std::int64_t d, int count) { add(load_up_to(row + d, count)); });
     }
-    rows->row[l] = plain ? x : out;
-    FloatVector minus = {}, most = {};
-    for_each_vector(width, [&](std::int64_t d, int count) {
-      const FloatVector value = load_up_to(rows->row[l] + d, count);
-      minus = subtract_product(minus, value, value);
-      most = larger(most, magnitude(value));
-    });
     squares[l] = minus;
     largest[l] = most;
   }
@@ -651,6 +652,7 @@ const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              nearest,
                                              untranspose,
                                              load_codes,
+                                             store_codes,
                                              measure,
                                              screen_codes,
                                              kTransformCodes,

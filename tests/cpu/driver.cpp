@@ -2,6 +2,7 @@
 // loops in float64. `driver random SEED COUNT` draws cases; `driver bound` runs rows that only the full bound gets
 // right. Exits with 1 and a line a failure.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -375,6 +376,119 @@ void few_rows_case(std::mt19937_64& random) {
   }
 }
 
+bool near(double a, double b, double tolerance) {
+  return std::fabs(a - b) <= tolerance * std::fabs(b);
+}
+
+// The packing of a group of eight codes, step by step, against plain loops. Code 3 equals code 1, code 6 is not finite,
+// and code 7 is none.
+void packing_case(std::mt19937_64& random, std::int64_t d) {
+  const RowKernel& kernel = row_kernel();
+  const std::string what = "packing, D " + std::to_string(d) + ": ";
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(8 * d), codes(8 * d), back(8 * d);
+  for (float& value : rows) value = 10 + normal(random);
+  std::copy_n(&rows[d], d, &rows[3 * d]);
+  rows[6 * d + d / 2] = std::numeric_limits<float>::infinity();
+  const float* row[8];
+  for (int j = 0; j < 8; ++j) row[j] = &rows[j * d];
+  kernel.load_codes(row, d, codes.data());
+  for (std::int64_t i = 0; i < 8 * d; ++i)
+    if (codes[i] != row[i % 8][i / 8]) return fail(what + "load_codes");
+  kernel.store_codes(codes.data(), d, back.data());
+  if (back != rows) return fail(what + "store_codes");
+
+  std::vector<float> sums(8 * d, 1.0f), bias(8), screened(8 * d);
+  std::vector<std::uint32_t> hashes(8);
+  CodeStatistics statistics{sums.data(), 0, 0, 0};
+  kernel.measure(codes.data(), d, 7, bias.data(), hashes.data(), &statistics);
+  double squares = 0;
+  float largest = 0;
+  for (std::int64_t i = 0; i < 8 * d; ++i) {
+    const bool counts = i % 8 < 6;
+    if ((bias[i % 8] == 0) != counts || sums[i] != (counts ? 1 + codes[i] : 1)) return fail(what + "measure");
+    squares += counts ? static_cast<double>(codes[i]) * codes[i] : 0;
+    largest = counts ? std::max(largest, codes[i]) : largest;
+  }
+  if (!near(statistics.squares, squares, 1e-5) || statistics.largest != largest || statistics.finite != 6)
+    return fail(what + "measure, statistics");
+  for (int j = 0; j < 6; ++j)
+    if ((hashes[j] == hashes[1]) != (j == 1 || j == 3)) return fail(what + "measure, hashes");
+
+  std::vector<float> mean(d);
+  for (float& value : mean) value = 10 + 0.1f * normal(random);
+  for (const bool moved : {false, true}) {
+    CodebookView view;
+    view.size = view.width = d;
+    view.mean = moved ? mean.data() : nullptr;
+    view.scale = moved ? 0.25 : 1;
+    for (int j = 0; j < 8; ++j) bias[j] = j < 6 ? 0 : std::numeric_limits<float>::infinity();
+    CodeExtremes extremes{};
+    kernel.screen(codes.data(), view, bias.data(), moved ? screened.data() : nullptr, &extremes);
+    double norm = 0, residual = 0;
+    float most = 0;
+    for (int j = 0; j < 8; ++j) {
+      double squared = 0, lost = 0;
+      for (std::int64_t i = 0; i < d; ++i) {
+        const double wanted = moved ? (static_cast<double>(rows[j * d + i]) - mean[i]) * 0.25 : rows[j * d + i];
+        const float c = j < 6 ? static_cast<float>(wanted) : 0;
+        if (moved && screened[i * 8 + j] != c) return fail(what + "screen");
+        squared += static_cast<double>(c) * c;
+        lost += (wanted - c) * (wanted - c);
+        most = std::max(most, std::fabs(c));
+      }
+      if (j >= 6) continue;
+      if (!near(bias[j], squared / 2, 1e-7)) return fail(what + "screen, bias");
+      norm = std::max(norm, squared);
+      residual = std::max(residual, lost);
+    }
+    if (!near(extremes.norm, norm, 1e-12) || !near(extremes.residual, residual, 1e-12) || extremes.largest != most)
+      return fail(what + "screen, extremes");
+  }
+  if (!kernel.int8) return;
+
+  const std::int64_t block = d & -d, quads = (d + 3) / 4;
+  if (block >= 4) {
+    std::vector<float> wanted = screened;
+    for (std::int64_t s = 1; s < block; s *= 2) {
+      for (std::int64_t i = 0; i < 8 * d; ++i) {
+        if (i / 8 & s) continue;
+        const float a = wanted[i], b = wanted[i + 8 * s];
+        wanted[i] = a + b;
+        wanted[i + 8 * s] = a - b;
+      }
+    }
+    float most = 0;
+    for (float value : wanted) most = std::max(most, std::fabs(value));
+    if (kernel.transform(screened.data(), d, block, back.data()) != most || back != wanted)
+      return fail(what + "transform");
+  }
+
+  std::vector<std::int8_t> bytes(32 * quads, 99);
+  std::vector<std::int32_t> start(8), whole_start(8), pairs(8);
+  CodeExtremes extremes{};
+  constexpr float kScale = 0.01f;
+  kernel.quantise(screened.data(), bias.data(), d, kScale, bytes.data(), start.data(), whole_start.data(), pairs.data(),
+                  &extremes);
+  double residual = 0;
+  for (int j = 0; j < 8; ++j) {
+    std::int32_t sum = 0, squared = 0;
+    double lost = 0;
+    for (std::int64_t i = 0; i < 4 * quads; ++i) {
+      const float c = i < d ? screened[i * 8 + j] : 0;
+      const float q = std::min(127.0f, std::max(-127.0f, std::nearbyint(c * (1.0f / kScale))));
+      if (bytes[i / 4 * 32 + 4 * j + i % 4] != q) return fail(what + "quantise");
+      sum += static_cast<std::int32_t>(q);
+      squared += static_cast<std::int32_t>(q * q);
+      lost += (c - static_cast<double>(q) * kScale) * (c - static_cast<double>(q) * kScale);
+    }
+    if (j >= 6 ? start[j] != kExcluded : start[j] != -128 * sum || whole_start[j] != start[j] - squared / 2)
+      return fail(what + "quantise, start");
+    if (j < 6) residual = std::max(residual, lost);
+  }
+  if (!near(extremes.int8_residual, residual, 1e-4)) return fail(what + "quantise, residual");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -385,6 +499,8 @@ int main(int argc, char** argv) {
     chunked_case(random, 1);
     chunked_case(random, 30);
     few_rows_case(random);
+    for (std::int64_t d : {1, 2, 3, 4, 7, 8, 12, 16, 31, 32, 48, 64, 100, 128, 192, 256, 512, 1024})
+      packing_case(random, d);
     counts_case();
   } else if (argc == 2 && !std::strcmp(argv[1], "bound")) {
     for (std::int64_t d : {16, 64, 256}) bound_case(d);
