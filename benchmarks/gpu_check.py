@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -122,18 +123,24 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def python(check: Check, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, in a folder where `ROOT/fastvq`, which lacks its kernels, is not found."""
-    left = max(10.0, check.end - time.monotonic())
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=STAGED,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=left,
-    )
+    """Run Python in a process of its own, in a folder where `ROOT/fastvq`, which lacks its kernels, is not found.
+
+    When time is up it is interrupted, as by Ctrl-C, so that pytest tells what it has seen.
+    """
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(
+        command, cwd=STAGED, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=max(10.0, check.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                said, _ = process.communicate(timeout=20.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said, _ = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, said)
 
 
 def build(check: Check) -> str:
@@ -318,6 +325,7 @@ def training_step(layer: Any, x: torch.Tensor) -> Callable[[], object]:
 
 def time_steps(check: Check) -> list[Record]:
     """A training step of the layer, forward, backward and EMA update: fastvq, its module, plain torch, the peer."""
+    import fastvq
     from fastvq.measure.contenders import LAYERS, ModuleLayer, available
     from fastvq.measure.contenders import STEPS as NAMES
 
@@ -325,11 +333,14 @@ def time_steps(check: Check) -> list[Record]:
     for n, k, d in DRY_STEPS if check.dry else STEPS:
         x, codebook = drawn(check, n, k, d, "float32")
         for name in available(NAMES):
-            layer = LAYERS[name](codebook.cpu() if name in ("module", "peer") else codebook)
-            if isinstance(layer, ModuleLayer):
-                layer.module.to(check.device)
-
-            found.append({"N": n, "K": k, "D": d, "contender": name} | check.timed(training_step(layer, x)))
+            for served in backends(check) if name in ("fastvq", "module") else ("auto",):
+                layer = LAYERS[name](codebook.cpu() if name in ("module", "peer") else codebook)
+                if isinstance(layer, ModuleLayer):
+                    layer.module.to(check.device)
+                contender = name if served == "auto" else f"{name} {served}"
+                with fastvq.use_backend(served):
+                    took = check.timed(training_step(layer, x))
+                found.append({"N": n, "K": k, "D": d, "contender": contender} | took)
     return found
 
 
@@ -364,6 +375,7 @@ def time_residual(check: Check) -> list[Record]:
 
 def time_kernels(check: Check) -> list[Record]:
     """Microseconds of each kernel of a search, and of a training step."""
+    import fastvq
     from fastvq.measure.contenders import FusedLayer
 
     found = []
@@ -375,8 +387,10 @@ def time_kernels(check: Check) -> list[Record]:
             found.append({"N": n, "K": k, "D": d, "dtype": dtype, "of": f"search {name}", "us": took})
     for n, k, d in DRY_STEPS if check.dry else STEPS:
         x, codebook = drawn(check, n, k, d, "float32")
-        took = by_kernel(check, training_step(FusedLayer(codebook), x))
-        found.append({"N": n, "K": k, "D": d, "dtype": "float32", "of": "step", "us": took})
+        for name in backends(check):
+            with fastvq.use_backend(name):
+                took = by_kernel(check, training_step(FusedLayer(codebook), x))
+            found.append({"N": n, "K": k, "D": d, "dtype": "float32", "of": f"step {name}", "us": took})
     return found
 
 

@@ -72,16 +72,24 @@ __global__ void __launch_bounds__(kColumns* kLines)
 
 constexpr int kPackWarps = 8;
 
+// The largest length of a block's codes; what is not finite counts as infinite.
+__device__ __forceinline__ float largest_of(const float (&lengths)[kPackWarps]) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPackWarps; ++i) largest = fmaxf(largest, is_finite(lengths[i]) ? lengths[i] : inf());
+  return largest;
+}
+
 // Codes in the order of the screen's tiles: a tile is, for each chunk of the width, 16 codes after the other, of which
 // 16 dimensions are four 8 x 8 matrices; then the biases. A warp takes a code. Grid (places / kPackWarps, heads).
 template <Operand OPERAND, class Element, class Code>
 __global__ void __launch_bounds__(32 * kPackWarps)
     pack_kernel(const Code* codebook, const float* frame, CodebookFigures* figures, unsigned char* packed,
                 const SearchPlan plan, std::int64_t K, int D, bool euclidean) {
-  const int lane = threadIdx.x % 32, group = plan.tiles.group, size = plan.tiles.tile;
+  __shared__ float norms[kPackWarps], residuals[kPackWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = plan.tiles.group, size = plan.tiles.tile;
   const std::int64_t head = blockIdx.y;
-  const std::int64_t place = static_cast<std::int64_t>(blockIdx.x) * kPackWarps + threadIdx.x / 32;
-  if (place >= plan.tile_count * size) return;
+  const std::int64_t place = static_cast<std::int64_t>(blockIdx.x) * kPackWarps + warp;
   const int within = static_cast<int>(place % size), of_segment = within % (4 * group), column = within % 8;
   const std::int64_t segment = place / (4 * group);
   const std::int64_t k = (segment * 4 + column / 2) * group + of_segment / 8 * 2 + column % 2;
@@ -135,10 +143,14 @@ __global__ void __launch_bounds__(32 * kPackWarps)
   }
   if (lane == 0) {
     *reinterpret_cast<float*>(tile + static_cast<std::size_t>(size) * plan.width * 2 + within * 4) = bias;
-    const float norm = norm_bound(kept, D);
-    raise(&figures[head].norm, norm);
-    if constexpr (OPERAND != Operand::stored) raise(&figures[head].residual, residual_bound(lost, norm, D));
+    norms[warp] = norm_bound(kept, D);
+    residuals[warp] = OPERAND == Operand::stored ? 0.0f : residual_bound(lost, norms[warp], D);
   }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  // One for the block: all blocks' meet at one address.
+  raise(&figures[head].norm, largest_of(norms));
+  if constexpr (OPERAND != Operand::stored) raise(&figures[head].residual, largest_of(residuals));
 }
 
 // Rows as operands, where they are chunked: fragments of 16 rows x 16 dimensions, chunk by chunk; and their lengths and

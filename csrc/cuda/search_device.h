@@ -97,15 +97,16 @@ struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Four {
   T v[4];
 };
 
-// Four values from p on, zero past `left` of them; `whole` promises that four are there, side by side and aligned.
-template <class T>
-__device__ __forceinline__ float4 load_four(const T* p, std::int64_t stride, int left, bool whole) {
+// Four values from p on, zero past `left` of them. WHOLE promises that they lie side by side and aligned, four or none
+// of them inside; none is then read from `p - past`, where something is. No branch: what a loop loads is under way at
+// once.
+template <bool WHOLE, class T>
+__device__ __forceinline__ float4 load_four(const T* p, std::int64_t stride, int left, std::int64_t past = 0) {
   float v[4];
-  if (whole) {
-    if (left <= 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const Four<T> four = *reinterpret_cast<const Four<T>*>(p);
+  if constexpr (WHOLE) {
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(left > 0 ? p : p - past);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = to_float(four.v[j]);
+    for (int j = 0; j < 4; ++j) v[j] = left > 0 ? to_float(four.v[j]) : 0.0f;
   } else {
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = j < left ? to_float(p[j * stride]) : 0.0f;

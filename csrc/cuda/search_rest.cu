@@ -44,10 +44,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const std::int64_t head = blockIdx.y;
   const std::int64_t rows = queue == nullptr ? x.count : figures[head * stages].queued;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (std::int64_t block = blockIdx.x; block * kRowsTogether < rows; block += gridDim.x) {
+  // A few rows are shared out among the blocks: each takes as long as those that one of them has.
+  const int together = rows > gridDim.x ? kRowsTogether : 1;
+  for (std::int64_t block = blockIdx.x; block * together < rows; block += gridDim.x) {
     const auto row = [&](int r) {
-      const std::int64_t entry = block * kRowsTogether + r;
-      if (entry >= rows) return std::int64_t{-1};
+      const std::int64_t entry = block * together + r;
+      if (r >= together || entry >= rows) return std::int64_t{-1};
       return queue == nullptr ? entry : queue[head * x.count + entry];
     };
     const std::int64_t own = row(warp);  // what this warp loads
@@ -76,12 +78,20 @@ __global__ void __launch_bounds__(kThreads, 2)
             __syncthreads();
           }
           if (k >= K) continue;
-          for (int i = 0; i < dims; ++i) {
-            const double code = widen(codebook[k * D + d + i]);
+          const auto add = [&](auto count) {
+#pragma unroll(count.value == 1 ? 8 : 1)
+            for (int i = 0; i < dims; ++i) {
+              const double code = widen(codebook[k * D + d + i]);
 #pragma unroll
-            for (int r = 0; r < kRowsTogether; ++r) {
-              sums[r] = one_term(sums[r], values[r * held + i], code, euclidean);
+              for (int r = 0; r < count.value; ++r) {
+                sums[r] = one_term(sums[r], values[r * held + i], code, euclidean);
+              }
             }
+          };
+          if (together == 1) {
+            add(std::integral_constant<int, 1>());
+          } else {
+            add(std::integral_constant<int, kRowsTogether>());
           }
         }
         if (k >= K) continue;

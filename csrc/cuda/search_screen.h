@@ -98,17 +98,28 @@ struct Turns {
   }
 };
 
-template <class P>
-__device__ __forceinline__ float4 load_row_four(const ScreenArguments& a, std::int64_t at, int d) {
-  const int left = a.D - d;
-  at += d * a.x.dim;
+// Dimensions d .. d + 3, d + step .. of the row that starts at x.data[at].
+template <class P, int N>
+__device__ __forceinline__ void load_row(const ScreenArguments& a, std::int64_t at, int d, int step, float4 (&out)[N]) {
+  const auto load = [&](const auto* data, auto whole) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int at_d = d + i * step;
+      out[i] = load_four<whole.value>(data + at + at_d * a.x.dim, a.x.dim, a.D - at_d, at_d * a.x.dim);
+    }
+  };
+  const auto load_type = [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(a.x.data);
+    if (a.row_vectors) {
+      load(data, std::true_type());
+    } else {
+      load(data, std::false_type());
+    }
+  };
   if constexpr (P::kOperand == Operand::stored) {
-    return load_four(static_cast<const typename P::Element*>(a.x.data) + at, a.x.dim, left, a.row_vectors);
+    load_type(static_cast<const typename P::Element*>(nullptr));
   } else {
-    return with_type(a.x.type, [&](auto* type) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      return load_four(static_cast<const T*>(a.x.data) + at, a.x.dim, left, a.row_vectors);
-    });
+    with_type(a.x.type, load_type);
   }
 }
 
@@ -134,21 +145,37 @@ __device__ __forceinline__ void score_group(const ScreenArguments& a, const type
   float sum[G];
 #pragma unroll
   for (int k = 0; k < G; ++k) sum[k] = 0.0f;
-  if (turn.active) {
+  const auto* group = codebook + first * a.D;
+  const int last = static_cast<int>(a.K - first < G ? a.K - first : G) - 1;
+  const auto add = [&](auto whole) {
+    constexpr int kBatch = !whole.value ? 2 : sizeof(typename P::Code) == 2 ? G : G / 2;  // codes under way
 #pragma unroll 1
     for (int d = 4 * t; d < a.D; d += 16) {
-      const float4 x = load_row_four<P>(a, at, d);
+      float4 codes[kBatch], x[1];
 #pragma unroll
       for (int k = 0; k < G; ++k) {
-        const std::int64_t code = first + k < a.K ? first + k : a.K - 1;
-        float4 c = load_four(codebook + code * a.D + d, 1, a.D - d, a.code_vectors);
+        if (k % kBatch == 0) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            codes[i] = load_four<whole.value>(group + min(k + i, last) * a.D + d, 1, a.D - d);
+          }
+          if (k == 0) load_row<P>(a, at, d, 0, x);
+        }
+        float4 c = codes[k % kBatch];
         if (a.euclidean) {
-          c = make_float4(x.x - c.x, x.y - c.y, x.z - c.z, x.w - c.w);
+          c = make_float4(x[0].x - c.x, x[0].y - c.y, x[0].z - c.z, x[0].w - c.w);
           sum[k] = fmaf(c.x, c.x, fmaf(c.y, c.y, fmaf(c.z, c.z, fmaf(c.w, c.w, sum[k]))));
         } else {
-          sum[k] = fmaf(-x.x, c.x, fmaf(-x.y, c.y, fmaf(-x.z, c.z, fmaf(-x.w, c.w, sum[k]))));
+          sum[k] = fmaf(-x[0].x, c.x, fmaf(-x[0].y, c.y, fmaf(-x[0].z, c.z, fmaf(-x[0].w, c.w, sum[k]))));
         }
       }
+    }
+  };
+  if (turn.active) {
+    if (a.code_vectors) {
+      add(std::true_type());
+    } else {
+      add(std::false_type());
     }
   }
   add_halves<G / 2>(sum, t & 2, 2);
@@ -407,35 +434,43 @@ __device__ __forceinline__ void load_rows(const ScreenArguments& a, std::int64_t
         words[s][1] = pair_bits(part[2], part[3]);
       }
     } else {
-      const auto load = [&](int s) {
-        const int d = 16 * s + 4 * t;
-        float4 v = alive ? load_row_four<P>(a, at, d) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if constexpr (P::kOperand == Operand::rounded) {
-          const float4 m = *reinterpret_cast<const float4*>(centre + d);
-          v = make_float4(v.x - m.x, v.y - m.y, v.z - m.z, v.w - m.w);
+      constexpr int kBatch = P::kSteps < 4 ? P::kSteps : 4;  // loads under way
+      const auto load = [&](int s, float4(&v)[kBatch]) {
+        load_row<P>(a, at, 16 * s + 4 * t, 16, v);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if constexpr (P::kOperand == Operand::rounded) {
+            const float4 m = *reinterpret_cast<const float4*>(centre + 16 * (s + i) + 4 * t);
+            v[i] = make_float4(v[i].x - m.x, v[i].y - m.y, v[i].z - m.z, v[i].w - m.w);
+          }
+          if (!alive) v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
-        return v;
       };
+      float4 v[kBatch];
       if constexpr (P::kOperand == Operand::rounded) {
         float largest = 0;
-#pragma unroll 4
-        for (int s = 0; s < P::kSteps; ++s) {
-          const float4 v = load(s);
-          largest = fmaxf(largest, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+#pragma unroll 1
+        for (int s = 0; s < P::kSteps; s += kBatch) {
+          load(s, v);
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            largest = fmaxf(largest, fmaxf(fmaxf(fabsf(v[i].x), fabsf(v[i].y)), fmaxf(fabsf(v[i].z), fabsf(v[i].w))));
+          }
         }
         row_scale = power_of_two(quad_max(largest));
       }
 #pragma unroll
       for (int s = 0; s < P::kSteps; ++s) {
-        const float4 four = load(s);
-        const float v[4] = {four.x * row_scale, four.y * row_scale, four.z * row_scale, four.w * row_scale};
+        if (s % kBatch == 0 && (P::kOperand == Operand::stored || P::kSteps > kBatch)) load(s, v);
+        const float4 four = v[s % kBatch];
+        const float scaled[4] = {four.x * row_scale, four.y * row_scale, four.z * row_scale, four.w * row_scale};
         Element e[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          e[j] = rounded_to<Element>(v[j]);
+          e[j] = rounded_to<Element>(scaled[j]);
           const float value = to_float(e[j]);
           kept = fmaf(value, value, kept);
-          lost = fmaf(v[j] - value, v[j] - value, lost);
+          lost = fmaf(scaled[j] - value, scaled[j] - value, lost);
         }
         words[s][0] = pair_bits(e[0], e[1]);
         words[s][1] = pair_bits(e[2], e[3]);
