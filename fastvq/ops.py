@@ -410,8 +410,14 @@ torch.library.register_autograd(
     "fastvq::residual_quantize_backward", _refuse_second_derivative, setup_context=_no_setup, lib=_lib
 )
 
-# what a layer of several stages learns from, and its rotated gradients ------------------------------------------------
+# what a layer learns from, and the rotated gradients of several stages ------------------------------------------------
 
+_declare(
+    "finite_code_sums(Tensor x, Tensor indices, int codebook_size, Tensor? mask, bool per_head, str? backend)"
+    " -> (Tensor, Tensor)",
+    _check_nothing,
+    _code_sums_fake,
+)
 _declare(
     "residual_code_sums(Tensor x, Tensor codebooks, Tensor indices, str? backend) -> (Tensor, Tensor)",
     _check_nothing,

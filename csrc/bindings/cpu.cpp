@@ -137,11 +137,11 @@ PYBIND11_MODULE(_cpu, m) {
           });
         });
 
-  m.def("code_sums", [](const py::tuple& x, bool heads, Address indices, Address mask, const py::tuple& counts,
-                        Address sums, int threads) {
+  m.def("code_sums", [](const py::tuple& x, bool heads, Address indices, Address mask, bool finite_alone,
+                        const py::tuple& counts, Address sums, int threads) {
     const fastvq::Tensor rows = tensor(x), out = tensor(counts);
     run([&] {
-      fastvq::code_sums(rows, heads, pointer<std::int64_t>(indices), pointer<std::uint8_t>(mask), out,
+      fastvq::code_sums(rows, heads, pointer<std::int64_t>(indices), pointer<std::uint8_t>(mask), finite_alone, out,
                         pointer<void>(sums), threads);
     });
   });

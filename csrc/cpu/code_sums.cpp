@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "block.h"
 #include "operators.h"
 #include "row_kernel.h"
 
@@ -53,11 +54,24 @@ RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, st
 
 namespace {
 
-// Rows that lie one after another: each code gathers its rows, which are asked for some rows ahead.
+// Rounds `count` totals to sums; returns whether all are finite.
+template <class Sum>
+bool round_totals(const double* total, std::int64_t count, std::int64_t step, Sum* sums) {
+  bool finite = true;
+  for (std::int64_t i = 0; i < count; ++i) {
+    sums[i * step] = static_cast<Sum>(total[i]);
+    finite &= total[i] - total[i] == 0;
+  }
+  return finite;
+}
+
+// Rows that lie one after another: each code gathers its rows, which are asked for some rows ahead. Returns whether all
+// sums are finite.
 template <class X, class Sum>
-void sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threads) {
+bool sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threads) {
   constexpr std::int64_t kAhead = 6;
   const std::int64_t bytes = std::min<std::int64_t>(x.width * sizeof(X), 1024);
+  std::atomic<bool> finite{true};
   by_code.for_each_code(threads, [&] {
     return [&, total = std::vector<double>(x.width)](std::int64_t k) mutable {
       std::fill(total.begin(), total.end(), 0.0);
@@ -73,15 +87,16 @@ void sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threa
           for (std::int64_t d = 0; d < x.width; ++d) total[d] += widen(row[d]);
         }
       }
-      for (std::int64_t d = 0; d < x.width; ++d) sums[k * x.width + d] = static_cast<Sum>(total[d]);
+      if (!round_totals(total.data(), x.width, 1, sums + k * x.width)) finite = false;
     };
   });
+  return finite;
 }
 
 // Rows that lie side by side, as in an image (B, D, height, width): each dimension is read through once. The order of
 // the rows of a code, and so the sum, is the same.
 template <class X, class Sum>
-void sums_by_dimension(const Rows& x, const RowsByCode& by_code, std::int64_t codes, Sum* sums, int threads) {
+bool sums_by_dimension(const Rows& x, const RowsByCode& by_code, std::int64_t codes, Sum* sums, int threads) {
   std::vector<std::int64_t> offsets(x.count, -1), owners(x.count, -1);
   for (std::int64_t k = 0; k < codes; ++k)
     for (const std::int64_t* n = by_code.begin(k); n != by_code.end(k); ++n) owners[*n] = k;
@@ -91,38 +106,62 @@ void sums_by_dimension(const Rows& x, const RowsByCode& by_code, std::int64_t co
     offsets[kept] = x.offset(n);
     owners[kept++] = owners[n];
   }
+  std::atomic<bool> finite{true};
   parallel(x.width, threads, [&](Tasks& tasks) {
     std::vector<double> total(codes);
     for (std::int64_t d; tasks.next(&d);) {
       std::fill(total.begin(), total.end(), 0.0);
       const X* column = static_cast<const X*>(x.data) + d * x.step;
       for (std::int64_t i = 0; i < kept; ++i) total[owners[i]] += widen(column[offsets[i]]);
-      for (std::int64_t k = 0; k < codes; ++k) sums[k * x.width + d] = static_cast<Sum>(total[k]);
+      if (!round_totals(total.data(), codes, x.width, sums + d)) finite = false;
     }
   });
+  return finite;
+}
+
+// Which rows that the mask keeps are finite.
+template <class X>
+std::vector<std::uint8_t> finite_rows(const Rows& x, const std::uint8_t* mask, int threads) {
+  std::vector<std::uint8_t> finite(x.count);
+  parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
+    for (std::int64_t task; tasks.next(&task);) {
+      for_each_block(task, x.count, 1, [&](std::int64_t n, int) {
+        const X* row = x.row<X>(n);
+        bool is_finite = !mask || mask[n];
+        for (std::int64_t d = 0; d < x.width; ++d) {
+          const auto value = widen(row[d * x.step]);
+          is_finite &= value - value == 0;
+        }
+        finite[n] = is_finite;
+      });
+    }
+  });
+  return finite;
 }
 
 }  // namespace
 
-void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, const Tensor& counts,
-               void* sums, int threads) {
+void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, bool finite_alone,
+               const Tensor& counts, void* sums, int threads) {
   const std::int64_t codes = counts.sizes[counts.dims - 1];
   const std::int64_t head_count = heads ? x.sizes[0] : 1;
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     const std::int64_t first = h * rows.count;
-    const RowsByCode by_code(indices + first, mask ? mask + first : nullptr, rows.count, codes, threads);
+    const std::uint8_t* const head_mask = mask ? mask + first : nullptr;
     dispatch(x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       using Sum = std::conditional_t<std::is_same_v<X, double>, double, float>;
       Sum* head_counts = static_cast<Sum*>(counts.data) + h * codes;
       Sum* head_sums = static_cast<Sum*>(sums) + h * codes * rows.width;
-      for (std::int64_t k = 0; k < codes; ++k) head_counts[k] = static_cast<Sum>(by_code.count(k));
-      if (rows.step == 1) {
-        sums_by_code<X, Sum>(rows, by_code, head_sums, threads);
-      } else {
-        sums_by_dimension<X, Sum>(rows, by_code, codes, head_sums, threads);
-      }
+      const auto sum_up = [&](const std::uint8_t* kept) {
+        const RowsByCode by_code(indices + first, kept, rows.count, codes, threads);
+        for (std::int64_t k = 0; k < codes; ++k) head_counts[k] = static_cast<Sum>(by_code.count(k));
+        return rows.step == 1 ? sums_by_code<X, Sum>(rows, by_code, head_sums, threads)
+                              : sums_by_dimension<X, Sum>(rows, by_code, codes, head_sums, threads);
+      };
+      // A row that is not finite shows in its sum: where there is none, no pass is spent on looking for it.
+      if (!sum_up(head_mask) && finite_alone) sum_up(finite_rows<X>(rows, head_mask, threads).data());
     });
   }
 }

@@ -40,9 +40,9 @@ void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, co
                               double commitment_weight, double codebook_weight, void* grad_x, void* grad_codebook,
                               int threads);
 
-// counts ([H,] K) and sums ([H,] K, D), both of the dtype of `counts`.
-void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, const Tensor& counts,
-               void* sums, int threads);
+// counts ([H,] K) and sums ([H,] K, D), both of the dtype of `counts`; of all rows, or of those that are finite alone.
+void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, bool finite_alone,
+               const Tensor& counts, void* sums, int threads);
 
 // All with the leading dimension H, strided; the first three are updated in place.
 void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,

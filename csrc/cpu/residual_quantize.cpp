@@ -279,19 +279,8 @@ void residual_code_sums(const Tensor& x, const Tensor& codebooks, const std::int
   const std::int64_t codes = codebooks.sizes[1];
   dispatch_working(works_in_double(x, codebooks), [&](auto* type) {
     using Working = std::remove_pointer_t<decltype(type)>;
-    std::vector<std::uint8_t> finite(rows.count);
     for_each_stage<Working>(rows, stage_codes(codebooks), indices, threads,
                             [&](std::int64_t q, const Rows& residuals, const std::int64_t* stage_indices) {
-                              parallel(row_tasks(rows.count), threads, [&](Tasks& tasks) {
-                                for (std::int64_t task; tasks.next(&task);) {
-                                  for_each_block(task, rows.count, 1, [&](std::int64_t n, int) {
-                                    const Working* row = residuals.row<Working>(n);
-                                    int bad = 0;
-                                    for (std::int64_t d = 0; d < rows.width; ++d) bad |= row[d] - row[d] != 0;
-                                    finite[n] = bad == 0;
-                                  });
-                                }
-                              });
                               Tensor stage;
                               stage.data = residuals.data;
                               stage.dtype = residuals.dtype;
@@ -299,7 +288,7 @@ void residual_code_sums(const Tensor& x, const Tensor& codebooks, const std::int
                               stage.sizes[0] = residuals.count;
                               stage.sizes[1] = stage.strides[0] = residuals.width;
                               stage.strides[1] = 1;
-                              code_sums(stage, false, stage_indices, finite.data(), counts.select(0, q),
+                              code_sums(stage, false, stage_indices, nullptr, true, counts.select(0, q),
                                         static_cast<Working*>(sums) + q * codes * rows.width, threads);
                             });
   });

@@ -46,6 +46,7 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
     BlockSearch<Working> search(kernel, x.width, codes.view.groups, threads);
     Nearest nearest;
     for (std::int64_t task; tasks.next(&task);) {
+      double sum = 0;  // here, since the sums of two threads may lie in one cache line
       for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
         const Working* const* row = blocks.load(first, count);
         X* const out = quantized + first * x.width;
@@ -56,10 +57,11 @@ double quantize_head(const Rows& x, const SearchCodes& codes, const std::uint8_t
           const Code* code = codes.rows.row<Code>(nearest.index[l]);
           const double distance = copy_code(kernel, row[l], code, codes.rows.step, x.width, out + l * x.width);
           if (mask && !mask[first + l]) continue;
-          partial[task] += distance;
+          sum += distance;
           if (std::isfinite(distance) || is_finite(row[l], x.width)) counted.add(nearest.index[l]);
         }
       });
+      partial[task] = sum;
     }
   });
   return std::accumulate(partial.begin(), partial.end(), 0.0);

@@ -211,6 +211,19 @@ def code_sums(
     x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
 ) -> tuple[Tensor, Tensor]:
     """Counts ([H,] K) and sums ([H,] K, D): float64 sums in row order, rounded once."""
+    return _code_sums(x, indices, codebook_size, mask, per_head, finite_alone=False)
+
+
+def finite_code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    """`code_sums` of the rows that are finite; a pass is spent on looking for others only where a sum shows them."""
+    return _code_sums(x, indices, codebook_size, mask, per_head, finite_alone=True)
+
+
+def _code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool, *, finite_alone: bool
+) -> tuple[Tensor, Tensor]:
     x, indices, mask = _readable(x), indices.contiguous(), _dense(mask)
     heads = x.shape[:1] if per_head else ()
     counts = torch.empty((*heads, codebook_size), dtype=working_dtype(x))
@@ -220,6 +233,7 @@ def code_sums(
         per_head,
         indices.data_ptr(),
         _address(mask),
+        finite_alone,
         _pass(counts),
         sums.data_ptr(),
         torch.get_num_threads(),

@@ -41,6 +41,16 @@ def rotate_back(gradient: Tensor, x: Tensor, codes: Tensor, indices: Tensor | No
     return total.to(x.dtype)
 
 
+def finite_code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    """`code_sums` of the rows that are finite, whatever the mask."""
+    finite = torch.linalg.vector_norm(x, torch.inf, dim=-1).isfinite()  # the largest magnitude: exact, in one pass
+    kept = finite if mask is None else finite & mask
+    found: tuple[Tensor, Tensor] = torch.ops.fastvq.code_sums(x, indices, codebook_size, kept, per_head, None)
+    return found
+
+
 def residual_code_sums(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Counts (Q, K) and sums (Q, K, D) of the residuals of each stage; rows that are not finite are left out."""
     residual = x.to(working_dtype(x, codebooks))

@@ -234,12 +234,12 @@ class Codebook(nn.Module):
         if counts is not None and not self.writes(ema_update):
             self.counts.copy_(counts)
             return
-        kept = finite(rows, mask)
         if not self.writes(ema_update):
+            kept = finite(rows, mask)
             counts, _ = code_sums(rows[..., :1], indices, self.codebook_size, mask=kept, per_head=True)
             self.counts.copy_(counts)
             return
-        counts, sums = code_sums(rows, indices, self.codebook_size, mask=kept, per_head=True)
+        counts, sums = torch.ops.fastvq.finite_code_sums(rows, indices, self.codebook_size, mask, True, None)
         if self._follow(counts, sums, weight, accumulate=accumulate, ema_update=ema_update):
             self.expire_codes_(rows, mask)
 

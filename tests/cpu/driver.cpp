@@ -131,7 +131,7 @@ void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
                   indices.data(), flat(&loss, {}), taken.data(), threads);
   vector_quantize_backward(flat(ones.data(), {n, d}), 1.0, x.tensor(), c.tensor(), false, indices.data(), mask.data(),
                            1.0, 0.25, grad_x.data(), grad_codebook.data(), threads);
-  code_sums(x.tensor(), false, indices.data(), mask.data(), flat(counts.data(), {k}), sums.data(), threads);
+  code_sums(x.tensor(), false, indices.data(), mask.data(), false, flat(counts.data(), {k}), sums.data(), threads);
   std::vector<float> codebook(k * d, 0.5f), sizes(k, 1.0f), averages(k * d, 0.5f);
   ema_update(flat(codebook.data(), {1, k, d}), flat(sizes.data(), {1, k}), flat(averages.data(), {1, k, d}),
              flat(counts.data(), {1, k}), flat(sums.data(), {1, k, d}), 0.9, 1e-5, threads);

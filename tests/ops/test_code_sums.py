@@ -77,6 +77,26 @@ def test_masked_rows_and_index_minus_one_are_left_out(backend):
     check(empty, (torch.zeros(8), torch.zeros(8, 6)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rows_that_are_not_finite_are_left_out_where_asked_for(backend, dtype):
+    """Whether rows lie one after another or side by side; rows whose sum alone is infinite are kept."""
+    x = torch.randn(2, 53, 6).to(dtype)
+    x[0, 3], x[0, 8, 2], x[1, 5, 5], x[1, 6, 0] = torch.nan, torch.inf, -torch.inf, torch.nan
+    x[0, 20:22] = torch.finfo(dtype).max
+    indices = torch.randint(-1, 4, (2, 53))
+    indices[0, 20:22] = 1
+    mask = torch.rand(2, 53) < 0.8
+    with fastvq.use_backend(backend):
+        for rows in (x, x.mT.contiguous().mT):
+            for given in (None, mask):
+                kept = x.isfinite().all(-1) if given is None else x.isfinite().all(-1) & given
+                found = torch.ops.fastvq.finite_code_sums(rows, indices, 4, given, False, None)
+                check(found, by_definition(x, indices, 4, kept))
+                found = torch.ops.fastvq.finite_code_sums(rows, indices, 4, given, True, None)
+                for h in range(2):
+                    check([part[h] for part in found], by_definition(x[h], indices[h], 4, kept[h]))
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 3, 4)])
 def test_leading_shapes(backend, shape):
     x, indices = torch.randn(*shape, 6), torch.randint(9, shape)

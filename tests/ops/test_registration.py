@@ -79,8 +79,9 @@ def test_opcheck_of_the_copy_that_compilers_leave_alone():
     assert_same_bits(x.grad, torch.ones(3, 4))
 
 
-def test_opcheck_of_what_layers_of_several_stages_call(backend):
+def test_opcheck_of_what_layers_call(backend):
     x, _, _ = data()
+    opcheck(ops.finite_code_sums.default, (x, torch.randint(7, x.shape[:-1]), 7, None, True, backend))
     codebooks = data(stages=3)[1]
     indices = torch.randint(7, (*x.shape[:-1], 3))
     opcheck(ops.residual_code_sums.default, (x, codebooks, indices, backend))
