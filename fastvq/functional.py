@@ -16,6 +16,11 @@ _ema_update = torch.ops.fastvq.ema_update_.default
 _residual_quantize = torch.ops.fastvq.residual_quantize.default
 
 
+def _still(t: Tensor) -> Tensor:
+    """A tensor without its gradient; making a view of one that has none costs as much as all checks."""
+    return t.detach() if t.requires_grad else t
+
+
 def _given(**optional: object) -> dict[str, object]:
     """The optional arguments that were given."""
     return {name: value for name, value in optional.items() if value is not None}
@@ -56,7 +61,7 @@ def search(
     ops.check_tensors(x=x, codebook=codebook)
     ops.check_strings(metric=metric, precision=precision)
     ops.check_backend(backend)
-    indices, distances = _search(x.detach(), codebook.detach(), metric, return_distance, precision, backend)
+    indices, distances = _search(_still(x), _still(codebook), metric, return_distance, precision, backend)
     return (indices, distances) if return_distance else indices
 
 
@@ -139,7 +144,7 @@ def code_sums(
     ops.check_tensors(x=x, indices=indices, **_given(mask=mask))
     ops.check_integers(codebook_size=codebook_size)
     ops.check_backend(backend)
-    return _code_sums(x.detach(), indices, codebook_size, mask, per_head, backend)
+    return _code_sums(_still(x), indices, codebook_size, mask, per_head, backend)
 
 
 def ema_update_(

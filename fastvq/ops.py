@@ -143,19 +143,21 @@ def _check_ema(
         raise ValueError(f"codebook must have shape (K, D) or (H, K, D); got {_shape(codebook)}")
     if codebook.shape[-2] == 0:
         raise ValueError(f"codebook must hold at least one code; got shape {_shape(codebook)}, so K = 0")
-    wants = {
-        "codebook": (codebook, codebook.shape),
-        "cluster_size": (cluster_size, codebook.shape[:-1]),
-        "embed_avg": (embed_avg, codebook.shape),
-        "counts": (counts, codebook.shape[:-1]),
-        "sums": (sums, codebook.shape),
-    }
-    for name, (tensor, want) in wants.items():
+    shape, sizes = codebook.shape, codebook.shape[:-1]
+    for name, tensor, want in (
+        ("codebook", codebook, shape),
+        ("cluster_size", cluster_size, sizes),
+        ("embed_avg", embed_avg, shape),
+        ("counts", counts, sizes),
+        ("sums", sums, shape),
+    ):
         _check_float(name, tensor)
-        _check_shape(name, tensor, want, f"to go with codebook {_shape(codebook)}")
+        if tensor.shape != want:  # asked here: the words take longer than the question
+            _check_shape(name, tensor, want, f"to go with codebook {_shape(codebook)}")
         _check_device(name, tensor, "codebook", codebook)
-    for name, (tensor, _) in list(wants.items())[:3]:
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    for name, tensor in (("codebook", codebook), ("cluster_size", cluster_size), ("embed_avg", embed_avg)):
+        strides = tensor.stride()
+        if 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, tensor.shape, strict=True)):
             raise ValueError(f"{name} must not overlap itself, being updated in place; got strides {tensor.stride()}")
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be from 0 to 1; got {decay}")

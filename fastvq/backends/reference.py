@@ -16,7 +16,7 @@ _CHUNK = 1 << 16  # elements of one block of distances: small enough to stay in 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of distances, losses and sums: float64 if any input is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def _rows(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

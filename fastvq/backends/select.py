@@ -96,6 +96,7 @@ def serves(name: str, device_type: str) -> bool:
     return name == "reference" or name in _CANDIDATES.get(device_type, ())
 
 
+@functools.cache
 def automatic(device_type: str) -> tuple[str, str | None]:
     """The backend that "auto" means for a device, and, where that is the slow reference, why."""
     reasons = []
