@@ -147,9 +147,34 @@ def _nvidia(gpu: Gpu) -> bool:
     return gpu.arch.startswith("sm_")
 
 
-# The first that applies and whose backend is there. What is measured on devices goes above the second rule.
+def _searches(problem: Problem) -> bool:
+    return problem.operator in ("search", "vector_quantize", "vector_quantize_counted")
+
+
+def _launch_bound(problem: Problem) -> bool:
+    """Whether starting the kernels takes longer than they do; 2^33: 0.1 ms of tensor cores."""
+    return problem.N * problem.D * (problem.K if _searches(problem) else 64) <= 1 << 33
+
+
+# The first that applies and whose backend is there. Those of sm_90 are from benchmarks/results/gpu: an H100.
 RULES = (
     Rule("triton", lambda gpu, _: not _nvidia(gpu), "CUDA C++ is for NVIDIA devices"),
+    Rule(
+        "triton",
+        lambda gpu, p: gpu.arch == "sm_90" and p.operator.startswith("residual_"),
+        "H100: residuals twice as fast as by CUDA C++",
+    ),
+    Rule(
+        "cuda",
+        lambda gpu, p: gpu.arch == "sm_90" and _launch_bound(p),
+        "H100: the launches decide at this size, and take CUDA C++ half the time",
+    ),
+    Rule(
+        "cuda",
+        lambda gpu, p: gpu.arch == "sm_90" and _searches(p) and (p.D <= 16 or (p.D <= 64 and p.K >= 8192)),
+        "H100: 1.2 to 1.5 times as fast as Triton with few dimensions, and with many codes up to D = 64",
+    ),
+    Rule("triton", lambda gpu, _: gpu.arch == "sm_90", "H100: at this size as fast as CUDA C++ or faster"),
     Rule("triton", lambda gpu, _: True, "the two have not been measured side by side; Triton is the older"),
     Rule("cuda", lambda gpu, _: _nvidia(gpu) and int(gpu.arch[3:].rstrip("af")) >= 80, "Triton is not there"),
 )
@@ -163,7 +188,7 @@ def choose(gpu: Gpu, problem: Problem, able: frozenset[str]) -> Choice:
     return Choice("reference", "there are no kernels for this device")
 
 
-_cached_choice = functools.cache(choose)
+_cached_choice = functools.lru_cache(4096)(choose)
 
 
 @functools.cache

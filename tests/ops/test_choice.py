@@ -17,8 +17,9 @@ def problem(operator="search", n=16384, k=1024, d=64, dtype="float32"):
 @pytest.mark.parametrize(
     ("gpu", "able", "backend", "words"),
     [
-        (H100, BOTH, "triton", "not been measured"),
-        (H100, frozenset({"cuda"}), "cuda", "Triton is not there"),
+        (select.Gpu("sm_80", 108), BOTH, "triton", "not been measured"),
+        (select.Gpu("sm_80", 108), frozenset({"cuda"}), "cuda", "Triton is not there"),
+        (H100, frozenset({"triton"}), "triton", "H100"),
         (MI300, BOTH, "triton", "NVIDIA"),
         (MI300, frozenset({"cuda"}), "reference", "no kernels"),
         (select.Gpu("sm_75", 40), frozenset({"cuda"}), "reference", "no kernels"),
@@ -32,12 +33,24 @@ def test_choice(gpu, able, backend, words):
     assert words in choice.why
 
 
-def test_a_rule_from_a_measurement_goes_first(monkeypatch):
-    rule = select.Rule("cuda", lambda gpu, p: gpu.arch == "sm_90" and p.D <= 16, "measured: 1.4 times as fast")
-    monkeypatch.setattr(select, "RULES", (rule, *select.RULES))
-    assert select.choose(H100, problem(d=8), BOTH) == ("cuda", "measured: 1.4 times as fast")
-    assert select.choose(H100, problem(d=64), BOTH).backend == "triton"
-    assert select.choose(MI300, problem(d=8), BOTH).backend == "triton"
+@pytest.mark.parametrize(
+    ("problem", "backend"),
+    [
+        (problem(n=1_000_000, d=8), "cuda"),
+        (problem(n=1_000_000, k=65_536), "cuda"),
+        (problem(n=1_000_000), "triton"),
+        (problem(n=1_000_000, k=65_536, d=128), "triton"),
+        (problem(n=256), "cuda"),
+        (problem("vector_quantize", n=65_536), "cuda"),
+        (problem("ema_update_", n=1024), "cuda"),
+        (problem("code_sums", n=1 << 22, d=128), "triton"),
+        (problem("residual_quantize", n=6000), "triton"),
+    ],
+)
+def test_an_h100_does_what_was_measured_on_one(problem, backend):
+    choice = select.choose(H100, problem, BOTH)
+    assert choice.backend == backend
+    assert choice.why.startswith("H100")
 
 
 def test_the_problem_of_each_operator():
