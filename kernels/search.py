@@ -26,6 +26,7 @@ LISTED = tl.constexpr(4)  # groups listed a row and split; more make the row who
 NONE = tl.constexpr(-1)
 WHOLE = tl.constexpr(-2)
 NOBODY = tl.constexpr(2**31 - 1)
+UNROLL = tl.constexpr(4)  # dimensions that the contract loads at a time: their sum is in order, and waits for each
 
 
 @triton.jit
@@ -409,7 +410,7 @@ def canonical(
     `x` with `alive` and `codes` with `valid` are pointers of shapes that broadcast together.
     """
     score = (alive & valid).to(tl.float64) * 0.0
-    for i in range(0, D):
+    for i in tl.range(0, D, loop_unroll_factor=UNROLL):
         a = tl.load(x + i * stride_d, mask=alive, other=0.0).to(tl.float64)
         b = tl.load(codes + i, mask=valid, other=0.0).to(tl.float64)
         score = one_term(score, a, b, EUCLIDEAN)
@@ -554,33 +555,34 @@ def rescore_kernel(
 def nearest_code(
     x: tl.tensor,  # (1) pointer to a row, dense
     codebook: tl.tensor,
-    K: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     DOUBLE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> Any:
-    """The nearest of all codes, (1), NOBODY where every distance is infinite or NaN.
+    """The nearest of the codes from `first` to before `last`, (1), NOBODY where every distance is infinite or NaN.
 
     Nothing crosses warps while the codes are scanned: every column of the tile has its own standing.
     """
     there = tl.full((1,), 1, tl.int1)
     reached, lowest, runner_up, nearest = nobody_met(1, COLUMNS, DOUBLE)
-    for start in range(0, K, COLUMNS):
+    for start in range(first, last, COLUMNS):
         code = start + tl.arange(0, COLUMNS)[None, :]
         codes = codebook + code.to(tl.int64) * D
-        low, high = interval(x, there, 1, codes, code < K, D, CHUNK, EUCLIDEAN, DOUBLE)
+        low, high = interval(x, there, 1, codes, code < last, D, CHUNK, EUCLIDEAN, DOUBLE)
         reached, lowest, runner_up, nearest = met(reached, lowest, runner_up, nearest, low, high, code)
     reached, nearest, tied = standing(reached, lowest, runner_up, nearest)
     if tl.max(tied.to(tl.int32), axis=0) > 0:
         winning = tl.full((1, COLUMNS), float("inf"), tl.float64)
         winner = tl.full((1, COLUMNS), NOBODY, tl.int32)
-        for start in range(0, K, COLUMNS):
+        for start in range(first, last, COLUMNS):
             code = start + tl.arange(0, COLUMNS)[None, :]
             codes = codebook + code.to(tl.int64) * D
-            low, _ = interval(x, there, 1, codes, code < K, D, CHUNK, EUCLIDEAN, DOUBLE)
-            close = (code < K) & (low <= reached[:, None])
+            low, _ = interval(x, there, 1, codes, code < last, D, CHUNK, EUCLIDEAN, DOUBLE)
+            close = (code < last) & (low <= reached[:, None])
             if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:
                 score = canonical(x[:, None], there[:, None], 1, codes, close, D, EUCLIDEAN)
                 score = ranked(score, close, EUCLIDEAN)
@@ -600,7 +602,10 @@ def whole_kernel(
     codebooks_ptr: tl.tensor,  # (H, Q, K, D)
     queue_ptr: tl.tensor,  # (H, N) int64
     queued_ptr: tl.tensor,  # (H) int32
-    residuals_ptr: tl.tensor,  # scratch (H, programs, D), of the type that is computed in
+    residuals_ptr: tl.tensor,  # scratch (H, programs, D), of the type that is computed in, and of all programs:
+    winners_ptr: tl.tensor,  # (H, programs) int32: the nearest of its part of the codes
+    scores_ptr: tl.tensor,  # (H, programs) float64
+    arrived_ptr: tl.tensor,  # (H, programs) int32, zeros: how many parts of a row are done
     indices_ptr: tl.tensor,  # out (H, N, Q) int64
     distances_ptr: tl.tensor,  # out (H, N, Q); not written unless DISTANCES
     N: tl.tensor,
@@ -608,20 +613,30 @@ def whole_kernel(
     Q: tl.tensor,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGED: tl.constexpr,  # whether Q is more than 1
     EUCLIDEAN: tl.constexpr,
     DOUBLE: tl.constexpr,
     DISTANCES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
     """Queued rows against every code of every stage, a row at a time. Grid (programs, heads).
 
+    Of few rows the codes are shared out in parts, and the last program to be done with one takes the best of them.
     What earlier stages left of its row is each program's own, in memory.
     """
     head = tl.program_id(1).to(tl.int64)
+    programs = tl.num_programs(0)
     queued = tl.load(queued_ptr + head)
-    residual = residuals_ptr + (head * tl.num_programs(0) + tl.program_id(0)) * D
+    tiles = tl.cdiv(K, COLUMNS)
+    parts = 1
+    if not STAGED:
+        parts = tl.maximum(tl.minimum(tl.minimum(programs // tl.maximum(queued, 1), tiles), PARTS), 1)
+    share = tl.cdiv(tiles, parts) * COLUMNS
+    residual = residuals_ptr + (head * programs + tl.program_id(0)) * D
     there = tl.full((1,), 1, tl.int1)
-    for entry in range(tl.program_id(0), queued, tl.num_programs(0)):
+    for item in range(tl.program_id(0), queued * parts, programs):
+        entry = item // parts
         row = tl.load(queue_ptr + head * N + entry)
         x = x_ptr + head * stride_h + row_offsets(row, inner, stride_outer, stride_inner)
         tl.debug_barrier()  # the row before has been read
@@ -629,24 +644,42 @@ def whole_kernel(
             dims = start + tl.arange(0, CHUNK)
             values = tl.load(x + dims.to(tl.int64) * stride_d, mask=dims < D)
             tl.store(residual + dims, values.to(residuals_ptr.dtype.element_ty), mask=dims < D)
+        first = (item % parts) * share
         for stage in range(0, Q):
             tl.debug_barrier()  # what other threads have written is read
             codebook = codebooks_ptr + (head * Q + stage) * K * D
             left = residual + tl.zeros((1,), tl.int32)
-            nearest = nearest_code(left, codebook, K, D, CHUNK, EUCLIDEAN, DOUBLE, COLUMNS)
+            last = tl.minimum(first + share, K)
+            nearest = nearest_code(left, codebook, first, last, D, CHUNK, EUCLIDEAN, DOUBLE, COLUMNS)
+            done = parts == 1
+            if parts > 1:
+                found = nearest != NOBODY
+                score = canonical(left, there, 1, codebook + nearest.to(tl.int64) * D, found, D, EUCLIDEAN)
+                own = head * programs + item + tl.zeros((1,), tl.int32)
+                tl.store(winners_ptr + own, nearest)
+                tl.store(scores_ptr + own, ranked(score, found, EUCLIDEAN))
+                tl.debug_barrier()  # both are written before this part is told of
+                done = tl.atomic_add(arrived_ptr + head * programs + entry, 1) == parts - 1
+                if done:
+                    part = tl.arange(0, PARTS)[None, :]
+                    all_parts = head * programs + entry * parts + part
+                    codes = tl.load(winners_ptr + all_parts, mask=part < parts, other=NOBODY)
+                    scores = tl.load(scores_ptr + all_parts, mask=part < parts, other=float("inf"))
+                    nearest = first_least(scores, codes)
             nearest = tl.where(nearest == NOBODY, 0, nearest).to(tl.int64)
             place = (head * N + row) * Q + stage + tl.zeros((1,), tl.int32)
-            tl.store(indices_ptr + place, nearest)
+            taken = there & done
+            tl.store(indices_ptr + place, nearest, mask=taken)
             chosen = codebook + nearest * D
             if DISTANCES:
-                tl.store(distances_ptr + place, canonical(left, there, 1, chosen, there, D, EUCLIDEAN))
-            if stage + 1 < Q:
+                tl.store(distances_ptr + place, canonical(left, taken, 1, chosen, taken, D, EUCLIDEAN), mask=taken)
+            if STAGED:
                 tl.debug_barrier()  # the residual has been read
                 for start in range(0, D, CHUNK):
                     dims = start + tl.arange(0, CHUNK)[None, :]
                     values = tl.load(left[:, None] + dims, mask=dims < D)
-                    taken = tl.load(chosen[:, None] + dims, mask=dims < D)
-                    tl.store(left[:, None] + dims, values - taken.to(values.dtype), mask=dims < D)
+                    code = tl.load(chosen[:, None] + dims, mask=dims < D)
+                    tl.store(left[:, None] + dims, values - code.to(values.dtype), mask=dims < D)
 
 
 class Tiles(NamedTuple):
@@ -662,7 +695,8 @@ class Tiles(NamedTuple):
 _RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
 _GATHERED = 512
 _ROUNDED = 16  # rows of a program that rounds them
-_SCANNED = 128  # codes that a row scored whole meets at a time, 128 bytes of each: a line of the cache
+_PARTS = 128  # that the codes are shared out in, at most, for a row scored whole
+_SCANNED = 64  # codes that a row scored whole meets at a time, up to 32 dimensions of each: with more some dtypes spill
 _ROWS_STAY = ("sm_90", "sm_100", "sm_103")
 
 
@@ -816,20 +850,27 @@ def score_whole(
 ) -> None:
     """Take the queued rows through all stages; codebooks ([H,] [Q,] K, D), indices (H, N, Q)."""
     double = torch.float64 in (rows.tensor.dtype, codebooks.dtype)
-    programs = min(4 * device.multiprocessors, rows.length)
     work = torch.float64 if double else torch.float32
-    residuals = torch.empty((rows.heads, programs, rows.dim), dtype=work, device=codebooks.device)
+    K = codebooks.shape[-2]
+    programs = min(4 * device.multiprocessors, rows.length * triton.cdiv(K, _SCANNED))
+
+    def each(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows.heads, programs, *shape), dtype=dtype, device=codebooks.device)
+
     launch(
         whole_kernel,
         (programs, rows.heads),
-        *[rows.tensor, rows.inner, *rows.strides, codebooks, queue, queued, residuals],
-        *[indices, indices if distances is None else distances, rows.length, codebooks.shape[-2], stages],
+        *[rows.tensor, rows.inner, *rows.strides, codebooks, queue, queued, each(rows.dim, dtype=work)],
+        *[each(dtype=torch.int32), each(dtype=torch.float64), each(dtype=torch.int32).zero_()],
+        *[indices, indices if distances is None else distances, rows.length, K, stages],
         D=rows.dim,
         CHUNK=min(width_of(rows.dim), 16 if codebooks.dtype == torch.float64 else 32),
+        STAGED=stages > 1,
         EUCLIDEAN=euclidean,
         DOUBLE=double,
         DISTANCES=distances is not None,
         COLUMNS=_SCANNED,
+        PARTS=_PARTS,
         num_warps=8,
         num_stages=1,
         **({"maxnreg": 255} if device.backend == "cuda" else {}),  # else ptxas spills a little, for more warps

@@ -67,7 +67,7 @@ def chosen_by_the_heuristics(device):
             add("rescore_kernel", 4, 1, ROWS=16, GROUP=group, CHUNK=min(width, 32 // group))
             add_codes(tiles, width)
         for chunk in (16, 32):  # of float64, and of other codes
-            add("whole_kernel", 8, 1, COLUMNS=128, CHUNK=min(width, chunk))
+            add("whole_kernel", 8, 1, COLUMNS=64, CHUNK=min(width, chunk))
         if width <= 128:
             tiles = residual_search.stage_tiles(device, width)
             cut = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "STEPS": tiles.steps, "STAGES": tiles.stages}

@@ -163,9 +163,9 @@ def test_rows_with_too_many_groups_are_queued():
 @pytest.mark.parametrize("metric", METRICS[:2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_is_queued(dtype, metric):
-    """Three codes, a unit in the last place apart, each some fifteen times in the codebook; a NaN row, a NaN code."""
-    x, codebook = make("gaussian", 9, 151, 19, dtype, heads=2)
-    kind = torch.from_numpy(np.random.default_rng(0).integers(3, size=(2, 50, 1)))
+    """Three codes, a unit in the last place apart, each some thirty times in the codebook; a NaN row, a NaN code."""
+    x, codebook = make("gaussian", 9, 301, 19, dtype, heads=2)
+    kind = torch.from_numpy(np.random.default_rng(0).integers(3, size=(2, 100, 1)))
     codebook[:, 1::3] = codebook[:, :1] * 4 * (1 + kind * torch.finfo(codebook.dtype).eps).to(codebook.dtype)
     x += codebook[:, 1:2]
     if metric == "euclidean":
@@ -173,6 +173,8 @@ def test_every_row_is_queued(dtype, metric):
         x[0, 8, 3] = torch.nan
     assert whole_rows(listed(x[0], codebook[0], metric)).all()
     check(x.transpose(1, 2).contiguous().transpose(1, 2), codebook, metric)
+    for n in (1, 3):  # so few that programs share the codes of a row
+        check(x[:, -n:], codebook, metric)
 
 
 def test_a_second_code_hidden_in_the_same_column_is_seen():
