@@ -693,7 +693,7 @@ class Tiles(NamedTuple):
 
 
 _RESCORED = 16  # rows of a program that re-scores, and values of its codes at a time
-_GATHERED = 512
+_GATHERED = 1024
 _ROUNDED = 16  # rows of a program that rounds them
 _PARTS = 128  # that the codes are shared out in, at most, for a row scored whole
 _SCANNED = 64  # codes that a row scored whole meets at a time, up to 32 dimensions of each: with more some dtypes spill

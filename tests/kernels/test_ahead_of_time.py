@@ -64,7 +64,7 @@ def chosen_by_the_heuristics(device):
             chunk = search.chunk_for(device, width)
             add("screen_kernel", tiles.warps, tiles.stages, **cut, CHUNK=chunk, WIDTH=min(width, 257))
             group = 2 * tiles.steps
-            add("rescore_kernel", 4, 1, ROWS=16, GROUP=group, CHUNK=min(width, 32 // group))
+            add("rescore_kernel", 4, 1, ROWS=16, GROUP=group, CHUNK=min(width, 64 // group))
             add_codes(tiles, width)
         for chunk in (16, 32):  # of float64, and of other codes
             add("whole_kernel", 8, 1, COLUMNS=64, CHUNK=min(width, chunk))
