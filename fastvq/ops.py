@@ -294,13 +294,18 @@ _declare(
 def _vector_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codebook, _, ctx.commitment_weight, ctx.codebook_weight, mask, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1::2])  # indices, and counts if there are
+    ctx.set_materialize_grads(False)  # or zeros are made for these too
     ctx.save_for_backward(x, codebook, output[1], mask)
 
 
 def _vector_quantize_grad(
-    ctx: Any, grad_quantized: Tensor, _: Any, grad_loss: Tensor, *counts: Any
+    ctx: Any, grad_quantized: Tensor | None, _: Any, grad_loss: Tensor | None, *counts: Any
 ) -> tuple[Tensor | None, ...]:
     x, codebook, indices, mask = ctx.saved_tensors
+    if grad_quantized is None:
+        grad_quantized = torch.zeros_like(x)
+    if grad_loss is None:
+        grad_loss = x.new_zeros((), dtype=working_dtype(x, codebook))
     need_x, need_codebook = ctx.needs_input_grad[:2]
     weights = ctx.commitment_weight, ctx.codebook_weight
     grad_x, grad_codebook = torch.ops.fastvq.vector_quantize_backward(
@@ -393,11 +398,18 @@ _declare(
 def _residual_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codebooks, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, codebooks, output[1])
 
 
-def _residual_quantize_grad(ctx: Any, grad_quantized: Tensor, _: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+def _residual_quantize_grad(
+    ctx: Any, grad_quantized: Tensor | None, _: Any, grad_losses: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, codebooks, indices = ctx.saved_tensors
+    if grad_quantized is None:
+        grad_quantized = torch.zeros_like(x)
+    if grad_losses is None:
+        grad_losses = x.new_zeros(codebooks.shape[-3], dtype=working_dtype(x, codebooks))
     need_x, need_codebooks = ctx.needs_input_grad[:2]
     grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
         grad_quantized, grad_losses, x, codebooks, indices, need_x, need_codebooks, ctx.backend
