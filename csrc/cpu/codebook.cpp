@@ -170,7 +170,7 @@ void PackedCodebook::prepare_screen(int threads) {
     residual = std::max(residual, e.residual);
     screen_largest_ = std::max(screen_largest_, e.largest);
   }
-  // Both were summed in float64: the factor covers that, and the last term the rounding of c - m itself.
+  // The factor covers sums in float64, and the last term the rounding of c - m to float64.
   constexpr double kUp = 1 + 1e-6;
   view_.screen_norm = std::sqrt(norm) * kUp;
   view_.residual = (std::sqrt(residual) + (centred ? 0x1p-51 * view_.screen_norm : 0)) * kUp;

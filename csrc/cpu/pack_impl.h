@@ -102,6 +102,20 @@ inline GroupVector larger(GroupVector a, GroupVector b) {
 }
 #endif
 
+// difference = a - b, and what rounding it lost, exactly (Knuth's two-sum).
+template <class Vector>
+inline Vector subtract(Vector a, Vector b, Vector* difference) {
+  const Vector rounded = a - b, virtual_b = a - rounded;
+  *difference = rounded;
+  return (a - (rounded + virtual_b)) - (b - virtual_b);
+}
+
+// What a sum of `count` squares in float32 is at most. They may underflow: the small term covers that for each.
+inline double at_most(float sum, std::int64_t count) {
+  const auto terms = static_cast<double>(count);
+  return static_cast<double>(sum) * (kUp + terms * 0x1p-23) + terms * 0x1p-149;
+}
+
 // Calls f(d, chain) for every dimension: sums in several chains do not wait for each other.
 constexpr int kChains = 2;
 template <class F>
@@ -149,42 +163,50 @@ void measure(const float* codes, std::int64_t width, int count, float* bias, std
   }
 }
 
-// kMoved: the codes are centred and scaled, else screened as they are.
-template <bool kMoved>
+enum class Moved { kNot, kCentred, kScaled };  // kScaled: centred too, where there is a mean
+template <Moved kMoved>
 void screen_group(const float* codes, const CodebookView& codebook, float* bias, float* screened,
                   CodeExtremes* extremes) {
   const DoubleVector scale = broadcast(codebook.scale);
   GroupIndex keep;
   for (int j = 0; j < kGroup; ++j) keep[j] = bias[j] == 0 ? -1 : 0;
   DoubleVector norm[kChains][kPieces] = {}, residual[kChains][kPieces] = {};
-  GroupVector largest[kChains] = {};
+  GroupVector largest[kChains] = {}, minus[kChains] = {};  // minus: the residual where codes are only centred
   for_each_dimension(codebook.width, [&](std::int64_t d, int chain) {
     const float* code = codes + d * kGroup;
     GroupVector c = load<GroupVector>(code);
     float kept[kGroup];
     DoubleVector wanted[kPieces];
-    if (kMoved) {
+    if (kMoved == Moved::kCentred) {
+      const GroupVector lost = subtract(c, codebook.mean[d] - GroupVector{}, &c);
+      minus[chain] = subtract_product(minus[chain], lost, lost);
+    } else if (kMoved == Moved::kScaled) {
       const DoubleVector mean = broadcast(codebook.mean ? static_cast<double>(codebook.mean[d]) : 0.0);
       for (int i = 0; i < kPieces; ++i) {
         wanted[i] = (load_wide(code + i * kWide) - mean) * scale;
         store(kept + i * kWide, narrow_half(wanted[i]));
       }
-      c = reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(load<GroupVector>(kept)) & keep);
+      c = load<GroupVector>(kept);
+    }
+    if (kMoved != Moved::kNot) {
+      c = reinterpret_cast<GroupVector>(reinterpret_cast<GroupIndex>(c) & keep);
       store(screened + d * kGroup, c);
     }
     store(kept, c);
     for (int i = 0; i < kPieces; ++i) {
       const DoubleVector wide = load_wide(kept + i * kWide);
       norm[chain][i] += wide * wide;
-      if (kMoved) residual[chain][i] += (wanted[i] - wide) * (wanted[i] - wide);
+      if (kMoved == Moved::kScaled) residual[chain][i] += (wanted[i] - wide) * (wanted[i] - wide);
     }
     largest[chain] = larger(largest[chain], magnitude(c));
   });
-  const GroupVector most = larger(largest[0], largest[1]);
+  const GroupVector most = larger(largest[0], largest[1]), centring = -(minus[0] + minus[1]);
   for (int j = 0; j < kGroup; ++j) {
     if (bias[j] != 0) continue;
     const int i = j / kWide, l = j % kWide;
-    const double squared = norm[0][i][l] + norm[1][i][l], error = residual[0][i][l] + residual[1][i][l];
+    const double squared = norm[0][i][l] + norm[1][i][l];
+    const double error =
+        kMoved == Moved::kCentred ? at_most(centring[j], codebook.width) : residual[0][i][l] + residual[1][i][l];
     if (codebook.metric == Metric::kEuclidean) bias[j] = static_cast<float>(squared / 2);
     extremes->norm = squared > extremes->norm ? squared : extremes->norm;
     extremes->residual = error > extremes->residual ? error : extremes->residual;
@@ -194,8 +216,10 @@ void screen_group(const float* codes, const CodebookView& codebook, float* bias,
 
 void screen_codes(const float* codes, const CodebookView& codebook, float* bias, float* screened,
                   CodeExtremes* extremes) {
-  if (screened) return screen_group<true>(codes, codebook, bias, screened, extremes);
-  screen_group<false>(codes, codebook, bias, screened, extremes);
+  if (!screened) return screen_group<Moved::kNot>(codes, codebook, bias, screened, extremes);
+  if (codebook.mean && codebook.scale == 1)
+    return screen_group<Moved::kCentred>(codes, codebook, bias, screened, extremes);
+  screen_group<Moved::kScaled>(codes, codebook, bias, screened, extremes);
 }
 
 #if defined(FASTVQ_INT8)

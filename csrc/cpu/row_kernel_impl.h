@@ -18,6 +18,7 @@ namespace {
 constexpr int kPieces = kGroup / kWide;      // vectors of doubles that hold one value of each code of a group
 constexpr int kPairs = kPieces > 2 ? 2 : 4;  // (row, group) pairs re-scored together, to hide the adds' latency
 constexpr float kInfinity = __builtin_inff();
+constexpr double kUp = 1 + 1e-6;  // covers the float64 sums of squares
 
 }  // namespace
 }  // namespace fastvq
@@ -96,7 +97,6 @@ struct RowNorms {
   bool any_wild;
 };
 
-constexpr double kUp = 1 + 1e-6;   // covers the float64 sums of squares
 constexpr float kTame = 0x1p100f;  // squared norms up to here leave no score of the screen infinite
 
 // x~ of the rows of a block, D floats each: float32((x - m) S), or the rows themselves when nothing is to be done.
@@ -155,11 +155,10 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
       FloatVector minus_errors = {};
       for_each_vector(width, [&](std::int64_t d, int count) {
         const FloatVector value = load_up_to(x + d, count), mean = load_up_to(codebook.mean + d, count);
-        const FloatVector difference = value - mean, virtual_mean = value - difference;
+        FloatVector difference;
+        const FloatVector lost = subtract(value, mean, &difference);
         store_up_to(out + d, difference, count);
         add(difference);
-        // Exactly what rounding the difference lost (Knuth's two-sum).
-        const FloatVector lost = (value - (difference + virtual_mean)) - (mean - virtual_mean);
         minus_errors = subtract_product(minus_errors, lost, lost);
       });
       errors[l] = minus_errors;
@@ -172,14 +171,12 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
   }
   rows->largest =
       combine_lanes<FloatVector, IntVector, kLanes>(largest, [](FloatVector a, FloatVector b) { return larger(a, b); });
-  // float32 squares may underflow: the small term covers that for each of D terms.
-  const double up = kUp + static_cast<double>(width) * 0x1p-23, under = static_cast<double>(width) * 0x1p-149;
   float squared[kLanes];
   store(squared, -sum_lanes<FloatVector, IntVector, kLanes>(squares));
   if (moved) {
     float two_sum_error[kLanes];
     store(two_sum_error, -sum_lanes<FloatVector, IntVector, kLanes>(errors));
-    for (int l = 0; l < kLanes; ++l) error[l] = static_cast<double>(two_sum_error[l]) * up + under;
+    for (int l = 0; l < kLanes; ++l) error[l] = at_most(two_sum_error[l], width);
   }
   const double centring = codebook.mean ? 0x1p-51 : 0;  // the rounding of x - m in float64
   bool any_wild = false;
@@ -188,7 +185,7 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
     any_wild |= norms->wild[l];
   }
   for (int l = 0; l < kLanes; ++l) {
-    norms->norm[l] = __builtin_sqrt(static_cast<double>(squared[l]) * up + under);
+    norms->norm[l] = __builtin_sqrt(at_most(squared[l], width));
     norms->residual[l] = (__builtin_sqrt(error[l]) + centring * norms->norm[l]) * kUp;
   }
   norms->any_wild = any_wild;
