@@ -423,7 +423,8 @@ def time_tiles(check: Check) -> list[Record]:
             break
         x, codebook = drawn(check, n, k, d, dtype)
         device, width, rows = device_of(x), search.width_of(d), rows_of(x, False)
-        choices = search.choices_for(device, k, width)[: 2 if check.dry else None]
+        raw = search.operand_type(x, codebook)[1]
+        choices = search.choices_for(device, k, width, raw)[: 2 if check.dry else None]
         run = lambda tiles: search.screen(device, rows, codebook, True, width, tiles, 1.0)  # noqa: E731, B023
         timed = {tiles: check.timed(lambda tiles=tiles: run(tiles)) for tiles in choices}  # noqa: B023
         times = {tiles: record["ms"] for tiles, record in timed.items() if "ms" in record}
@@ -483,7 +484,7 @@ def compile_all(dry: bool) -> int:
         x, codebook = (torch.empty(rows, d, dtype=getattr(torch, dtype), device="meta") for rows in (n, k))
         calls = operator_calls(x, codebook, "euclidean", False)[:1]
         device, width = launch.DEVICES[arch], search.width_of(d)
-        for tiles in search.choices_for(device, k, width)[: 2 if dry else None]:
+        for tiles in search.choices_for(device, k, width, search.operand_type(x, codebook)[1])[: 2 if dry else None]:
             calls.append(
                 lambda x=x, codebook=codebook, device=device, width=width, tiles=tiles: search.screen(
                     device, rows_of(x, False), codebook, True, width, tiles, 1.0

@@ -712,12 +712,17 @@ def chunk_for(device: Device, width: int) -> int:
     return 64 if device.backend == "cuda" and device.shared_memory < 128_000 else 128
 
 
-def rounded_before(device: Device, width: int, dtype: torch.dtype, raw: bool) -> bool:
+def few_warps(device: Device, K: int, width: int, raw: bool) -> bool:
+    """Whether four warps take 128 rows: codes must be many, as the rows are copied first, for want of registers."""
+    return device.arch == "sm_90" and raw and width in (32, 64) and K > 4096
+
+
+def rounded_before(device: Device, K: int, width: int, dtype: torch.dtype, raw: bool) -> bool:
     """Whether a kernel of its own rounds the rows: where the screen, on rows off every boundary, lacks registers."""
-    if raw or width >= 128:
-        return width >= 128
+    if width >= 128 or raw:
+        return width >= 128 or few_warps(device, K, width, raw)
     if device.arch.startswith("sm_12"):
-        return width >= 32
+        return width >= 32 or dtype == torch.float64
     return width >= 64 and (device.arch.startswith("sm_10") or dtype == torch.float64)
 
 
@@ -737,17 +742,22 @@ def shared_memory(device: Device, tiles: Tiles, width: int) -> int:
     return rows + pipeline if device.arch in _ROWS_STAY else max(rows, pipeline)
 
 
-def tiles_for(device: Device, K: int, width: int) -> Tiles:
+def tiles_for(device: Device, K: int, width: int, raw: bool = False) -> Tiles:
     """The screen's tiles for a device and a shape: the largest that leave the registers and shared memory whole.
 
     Long groups cost the loop less and the re-score more; they pay where the codebook is long. Where the registers allow
     two blocks on a multiprocessor (sm_90 up to a width of 128) shared memory must too: on an H100 one block by itself
-    took 1.6 times as long as its matrix products and its arithmetic one after the other, waiting in between.
+    took 1.6 times as long as its matrix products and its arithmetic one after the other, waiting in between. There four
+    warps take three quarters of the time of eight on 16-bit rows (`raw`) up to a width of 64; at 16 with half the rows.
     """
     if device.backend == "interpreter":
         return Tiles(rows=32, columns=32, steps=2, warps=4, stages=1)
     if device.shared_memory < 128_000 and width > 128:
         return Tiles(rows=64, columns=32, steps=2, warps=8 if device.backend == "cuda" and width > 256 else 4, stages=2)
+    if device.arch == "sm_90" and width == 16:
+        return Tiles(rows=64, columns=64, steps=2, warps=4, stages=3)
+    if few_warps(device, K, width, raw):
+        return Tiles(rows=128, columns=64, steps=4, warps=4, stages=2)
     tiles = Tiles(rows=128, columns=64, steps=2, warps=8, stages=2)
     if width > 256:
         return tiles._replace(columns=32)  # with 64 some dtypes spill
@@ -763,9 +773,9 @@ def tiles_for(device: Device, K: int, width: int) -> Tiles:
     return tiles._replace(stages=1)
 
 
-def choices_for(device: Device, K: int, width: int) -> list[Tiles]:
+def choices_for(device: Device, K: int, width: int, raw: bool = False) -> list[Tiles]:
     """What `FASTVQ_AUTOTUNE=1` times: the heuristics' tiles, and their neighbours that fit the shared memory."""
-    usual = tiles_for(device, K, width)
+    usual = tiles_for(device, K, width, raw)
     found = [usual]
     cuts = [(rows, columns, 4) for rows in (64, 128) for columns in (32, 64)]
     cuts += [(64, 128, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)]
@@ -808,12 +818,13 @@ def search(
     euclidean = metric == "euclidean"
     where = (rows.tensor, rows.inner, *rows.strides)
     width = width_of(D)
-    tiles = tiles_for(device, K, width)
+    raw = operand_type(x, codebook)[1]
+    tiles = tiles_for(device, K, width, raw)
     if autotune.wanted():
         # N decides how many programs there are; past 2^17 rows that no longer matters.
-        kind, size = "rows as they are" if operand_type(x, codebook)[1] else "rounded rows", min(N, 1 << 17)
+        kind, size = "rows as they are" if raw else "rounded rows", min(N, 1 << 17)
         what = f"screen, N to {triton.next_power_of_2(size)}, K to {triton.next_power_of_2(K)}, D to {width}, {kind}"
-        choices = choices_for(device, K, width)
+        choices = choices_for(device, K, width, raw)
         tiles = autotune.fastest(
             device, what, choices, lambda tiles: screen(device, rows, codebook, euclidean, width, tiles, slack)
         )
@@ -890,7 +901,7 @@ def screen(
         return torch.empty(shape, dtype=dtype, device=codebook.device)
 
     where = (rows.tensor, rows.inner, *rows.strides)
-    by_kernel = rounded_before(device, width, rows.tensor.dtype, raw)
+    by_kernel = rounded_before(device, codebook.shape[-2], width, rows.tensor.dtype, raw)
     rounded_rows = empty(heads, N, width, dtype=dtype) if by_kernel else packed.codes
     figures = empty(heads, N, 3) if by_kernel else packed.frame
     if by_kernel:

@@ -148,7 +148,8 @@ __device__ __forceinline__ void score_group(const ScreenArguments& a, const type
   const auto* group = codebook + first * a.D;
   const int last = static_cast<int>(a.K - first < G ? a.K - first : G) - 1;
   const auto add = [&](auto whole) {
-    constexpr int kBatch = !whole.value ? 2 : sizeof(typename P::Code) == 2 ? G : G / 2;  // codes under way
+    constexpr int kPart = sizeof(typename P::Code) == 2 ? 1 : P::kSource == Source::staged ? 4 : 2;
+    constexpr int kBatch = whole.value ? G / kPart : 2;  // codes under way: as many as there are registers for
 #pragma unroll 1
     for (int d = 4 * t; d < a.D; d += 16) {
       float4 codes[kBatch], x[1];

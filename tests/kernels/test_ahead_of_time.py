@@ -1,5 +1,6 @@
 """Every kernel, compiled for devices that are not here, and its machine code looked at; in processes of their own."""
 
+import itertools
 import json
 import os
 import re
@@ -58,8 +59,8 @@ def chosen_by_the_heuristics(device):
         add("pack_codes_kernel", 4, 1, **cut, CHUNK=min(width, 64), BLOCK=16)
 
     for width in widths:
-        for k in sizes:
-            tiles = search.tiles_for(device, k, width)
+        for k, raw in itertools.product(sizes, (False, True)):
+            tiles = search.tiles_for(device, k, width, raw)
             cut = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "STEPS": tiles.steps, "STAGES": tiles.stages}
             chunk = search.chunk_for(device, width)
             add("screen_kernel", tiles.warps, tiles.stages, **cut, CHUNK=chunk, WIDTH=min(width, 257))

@@ -1,5 +1,6 @@
 """Autotuning: only when asked for, the fastest choice that the device takes, kept on disk for the next process."""
 
+import itertools
 import json
 
 import pytest
@@ -93,8 +94,8 @@ def test_search_asks_only_when_the_user_does(monkeypatch):
 def test_every_choice_fits_the_device_and_the_usual_one_comes_first():
     for device in DEVICES.values():
         for k in (64, 1024, 65_536):
-            for width in (16, 64, 256, 384):
-                choices = search.choices_for(device, k, width)
-                assert choices[0] == search.tiles_for(device, k, width)
+            for width, raw in itertools.product((16, 64, 256, 384), (False, True)):
+                choices = search.choices_for(device, k, width, raw)
+                assert choices[0] == search.tiles_for(device, k, width, raw)
                 assert len(set(choices)) == len(choices) > 1
                 assert all(search.shared_memory(device, tiles, width) <= device.shared_memory for tiles in choices)

@@ -1,5 +1,7 @@
 """Triton's search in the interpreter: the canonical index for every row, every tensor between forbidden pages."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ def listed(x, codebook, metric="euclidean"):
     x, codebook = on_device(x, codebook)
     rows = rows_of(x, False)
     width = kernels.width_of(rows.dim)
-    tiles = kernels.tiles_for(device_of(x), len(codebook), width)
+    tiles = kernels.tiles_for(device_of(x), len(codebook), width, kernels.operand_type(x, codebook)[1])
     return kernels.screen(device_of(x), rows, codebook, metric == "euclidean", width, tiles, 1.0)[0][0].cpu()
 
 
@@ -207,9 +209,9 @@ def test_every_choice_fits_the_device():
     for device in DEVICES.values():
         for n in (1, 100, 10_000, 10**7):
             for k in (1, 64, 1024, 65_536, 1 << 20):
-                for d in (1, 8, 32, 64, 128, 256, 512, 1023):
+                for d, raw in itertools.product((1, 8, 32, 64, 128, 256, 512, 1023), (False, True)):
                     width = kernels.width_of(d)
-                    tiles = kernels.tiles_for(device, k, width)
+                    tiles = kernels.tiles_for(device, k, width, raw)
                     assert kernels.shared_memory(device, tiles, width) <= device.shared_memory, (
                         device.arch,
                         n,
