@@ -132,17 +132,14 @@ class Summary:
         lines = []
         for key, group in grouped(self.rows, "operators").items():
             found = {name: row for (_, _, name), row in group.items()}
-            output = float(found["vector_quantize"]["p50_ms"]) - float(found["search"]["p50_ms"])
             line = [
                 ", ".join(key[:3]),
-                milliseconds(found["fastvq"]),
-                milliseconds(found["search"]),
-                f"{output:.2f} ms",
+                *(milliseconds(found[name]) for name in ("fastvq", "search", "vector_quantize")),
             ]
             for name in ("code_sums", "ema_update_", "backward"):
                 line.append(f"{milliseconds(found[name])} ({float(found[name]['gbs']):.0f})")
             lines.append([*line, f"{float(found['copy']['gbs']):.0f} GB/s"])
-        head = ["N, K, D", "step", "search", "output and loss", "`code_sums`", "`ema_update_`", "backward", "copy"]
+        head = ["N, K, D", "step", "search", "`vector_quantize`", "`code_sums`", "`ema_update_`", "backward", "copy"]
         return markdown(head, lines)
 
     def data(self) -> str:
