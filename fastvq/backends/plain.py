@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends.reference import working_dtype
+from fastvq.backends.rows import finite_rows
 
 EPS = 1e-6  # the smallest norm divided by, that of vector-quantize-pytorch
 
@@ -45,8 +46,7 @@ def finite_code_sums(
     x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, per_head: bool
 ) -> tuple[Tensor, Tensor]:
     """`code_sums` of the rows that are finite, whatever the mask."""
-    finite = torch.linalg.vector_norm(x, torch.inf, dim=-1).isfinite()  # the largest magnitude: exact, in one pass
-    kept = finite if mask is None else finite & mask
+    kept = finite_rows(x, mask)
     found: tuple[Tensor, Tensor] = torch.ops.fastvq.code_sums(x, indices, codebook_size, kept, per_head, None)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,12 @@ class Rows(NamedTuple):
     dim: int
     inner: int  # 1 where one stride will do, which a kernel is compiled for: no division is left
     strides: tuple[int, int, int, int]  # of head (0 for one), n // inner, n % inner, and the element
+
+
+def finite_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which rows (..., D) are finite, and kept by the mask (...): bool, (...)."""
+    finite = torch.linalg.vector_norm(x, torch.inf, dim=-1).isfinite()  # the largest magnitude: exact, in one pass
+    return finite if mask is None else finite & mask
 
 
 def _merge(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:

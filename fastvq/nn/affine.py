@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.nn.codebook import Codebook, finite
+from fastvq.backends.rows import finite_rows
+from fastvq.nn.codebook import Codebook
 from fastvq.nn.distributed import all_reduce_
 
 _LEAST_VARIANCE = 1e-5  # that of vector-quantize-pytorch
@@ -95,7 +96,7 @@ class AffineCodebook(Codebook):
                 first, old = getattr(self, f"{name}_needs_init"), getattr(self, name)
                 old.copy_(torch.where(first, new, old * decay + new * (1 - decay)))
                 first.fill_(False)
-        self._observe_batch(rows, finite(rows, mask))
+        self._observe_batch(rows, finite_rows(rows, mask))
 
     def _observe_batch(self, rows: Tensor, mask: Tensor) -> None:
         weights = mask.flatten(1).unsqueeze(-1).to(self.batch_mean.dtype)  # (H, N, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.backends.rows import finite_rows
 from fastvq.functional import code_sums, ema_update_
 from fastvq.nn.cosine import l2norm
 from fastvq.nn.distributed import all_reduce_, take_turns
@@ -190,7 +191,7 @@ class Codebook(nn.Module):
             )
         shared = self.shared and self.share_draws
         means, counts = kmeans(
-            rows, self.codebook_size, self.kmeans_iters, metric=self.metric, mask=finite(rows, mask), shared=shared
+            rows, self.codebook_size, self.kmeans_iters, metric=self.metric, mask=finite_rows(rows, mask), shared=shared
         )
         # A batch that is masked throughout has no counts; sizes of 1 are those of a new codebook.
         self.cluster_size.copy_(torch.where(counts.sum(-1, keepdim=True) > 0, counts, 1.0))
@@ -235,7 +236,7 @@ class Codebook(nn.Module):
             self.counts.copy_(counts)
             return
         if not self.writes(ema_update):
-            kept = finite(rows, mask)
+            kept = finite_rows(rows, mask)
             counts, _ = code_sums(rows[..., :1], indices, self.codebook_size, mask=kept, per_head=True)
             self.counts.copy_(counts)
             return
@@ -367,9 +368,3 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*arguments)
         if not self.initted.is_meta:
             self._ready = bool(self.initted)
-
-
-def finite(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Which rows (H, B, T, D) are finite, and kept by the mask (H, B, T): bool, (H, B, T)."""
-    sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    return sums.isfinite() if mask is None else sums.isfinite() & mask

@@ -6,6 +6,7 @@ from compare import assert_no_less_exact, assert_same_bits, threads
 from families import DTYPES, FAMILIES, make
 
 import fastvq
+from fastvq.backends.rows import finite_rows
 
 
 def naive(x, indices, size):
@@ -149,3 +150,10 @@ def test_sums_have_no_gradient(backend):
     counts, sums = fastvq.code_sums(x, torch.zeros(5, dtype=torch.int64), 2, backend=backend)
     assert not counts.requires_grad
     assert not sums.requires_grad
+
+
+def test_which_rows_are_finite():
+    """Also one whose own sum overflows."""
+    x = torch.tensor([[3e38, 3e38], [1.0, torch.nan], [torch.inf, -torch.inf], [-torch.inf, 0.0], [0.0, -1.0]])
+    assert finite_rows(x, None).tolist() == [True, False, False, False, True]
+    assert finite_rows(x.bfloat16(), torch.tensor([False, True, True, True, True])).tolist() == [False] * 4 + [True]
