@@ -294,10 +294,22 @@ def drawn(check: Check, n: int, k: int, d: int, dtype: str) -> tuple[torch.Tenso
 
 
 def time_search(check: Check, limits: Record) -> list[Record]:
-    """Milliseconds of every contender at every shape, its rate, and its part of what the device can do."""
+    """Milliseconds of every contender at every shape, its rate, and its part of what the device can do.
+
+    Raises:
+        AssertionError: fastvq's backends differ in an index.
+    """
     found = []
     for n, k, d, dtype in DRY_SHAPES if check.dry else SHAPES:
         x, codebook = drawn(check, n, k, d, dtype)
+        ours = {
+            name: backend.search(x, codebook, "euclidean", False, "exact")[0]
+            for name, backend in backends(check).items()
+        }
+        first = next(iter(ours.values()))
+        wrong = {name: int((indices != first).sum()) for name, indices in ours.items()}
+        if any(wrong.values()):
+            raise AssertionError(f"indices that differ at {n} x {k} x {d}, {dtype}: {wrong}")
         for name, call in contenders(check, x, codebook):
             with torch.no_grad():
                 row: Record = {"N": n, "K": k, "D": d, "dtype": dtype, "contender": name} | check.timed(call)

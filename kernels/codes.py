@@ -131,6 +131,7 @@ def pack_codes_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Codes in the order of the screen's tiles. Grid (programs, heads)."""
+    tl.static_assert(WIDTH % CHUNK == 0)
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     scale = 1.0

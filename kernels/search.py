@@ -151,6 +151,7 @@ def round_rows_kernel(
     ROWS: tl.constexpr,
 ) -> None:
     """Rows as operands, for the widths at which the screen cannot round them itself. Grid (row blocks, heads)."""
+    tl.static_assert(WIDTH % CHUNK == 0)  # else a row's last chunk is written over the next row
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = rows < N
@@ -911,7 +912,7 @@ def screen(
             *[*where, packed.frame, rounded_rows, figures, N],
             D=D,
             WIDTH=width,
-            CHUNK=64,
+            CHUNK=min(width, 64),
             RAW=raw,
             ROWS=_ROUNDED,
             num_warps=4,

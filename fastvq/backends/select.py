@@ -169,11 +169,6 @@ RULES = (
         lambda gpu, p: gpu.arch == "sm_90" and _launch_bound(p),
         "H100: the launches decide at this size, and take CUDA C++ 0.4 to 0.6 of the time",
     ),
-    Rule(
-        "cuda",
-        lambda gpu, p: gpu.arch == "sm_90" and _searches(p) and (p.D <= 16 or (p.D <= 64 and p.K >= 8192)),
-        "H100: 1.2 to 1.9 times as fast as Triton with its screens of eight warps; those of four are not yet compared",
-    ),
     Rule("triton", lambda gpu, _: gpu.arch == "sm_90", "H100: at this size as fast as CUDA C++ or faster"),
     Rule("triton", lambda gpu, _: True, "the two have not been measured side by side; Triton is the older"),
     Rule("cuda", lambda gpu, _: _nvidia(gpu) and int(gpu.arch[3:].rstrip("af")) >= 80, "Triton is not there"),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from compare import assert_same_bits, assert_same_indices
 from families import DTYPES, FAMILIES, make
-from fastvq.kernels import codes
+from fastvq.kernels import codes, launch
 from fastvq.kernels import search as kernels
 from fastvq.kernels.codes import pack_codes
 from fastvq.kernels.launch import DEVICES, device_of
 from fastvq.kernels.rows import rows_of
-from guard import GuardedAllocations, guarded, on_device
+from guard import DEVICE, GuardedAllocations, guarded, on_device
 
 from fastvq.backends import reference, triton
 
@@ -200,6 +200,20 @@ def test_all_codes_equal_and_everything_infinite():
     check(torch.full((5, 6), torch.nan), torch.randn(9, 6))
     check(torch.randn(5, 6), torch.full((9, 6), torch.nan))
     check(1e200 * torch.randn(5, 6, dtype=torch.float64), 1e200 * torch.randn(9, 6, dtype=torch.float64))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes its own way")
+@pytest.mark.parametrize(
+    ("arch", "dtype", "k", "d"),
+    [
+        *[("sm_90", "bfloat16", 4099, 20), ("sm_90", "float16", 4099, 40), ("sm_80", "float64", 203, 40)],
+        *[("sm_100", "float32", 203, 40), ("sm_120", "float32", 203, 20), ("sm_120", "mixed", 203, 40)],
+        *[("sm_120", "float64", 203, d) for d in (5, 100)],
+    ],
+)
+def test_rows_that_a_device_rounds_first(arch, dtype, k, d, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER._replace(arch=arch))
+    check(*make("gaussian", 21, k, d, dtype))
 
 
 # ---- configurations -----------------------------------------------------------------------------------------------
