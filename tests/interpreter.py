@@ -186,9 +186,44 @@ def _silence_overflow():
     GridExecutor.__call__ = quiet
 
 
+def _one_value_an_address(at, bits, writers, what):
+    """AssertionError where neighbours in order of address are two writers' different values for one address."""
+    if np.unique(at).size == at.size:
+        return
+    order = np.lexsort((writers, at))
+    at, bits, writers = at[order], bits[order], writers[order]
+    raced = (at[1:] == at[:-1]) & (bits[1:] != bits[:-1]) & (writers[1:] != writers[:-1])
+    assert not raced.any(), f"race: {what} store different values at {raced.sum()} addresses"
+
+
+def _refuse_races():
+    """The interpreter stores in order, lane after lane and program after program; a device in any."""
+    store, call = InterpreterBuilder.create_masked_store, GridExecutor.__call__
+    written = []  # by the launch under way: addresses, bits and programs
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        alive = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)  # else 0 and 1 are places
+        at, values = ptrs.data[alive], np.broadcast_to(value.data, ptrs.data.shape)[alive]
+        bits = np.ascontiguousarray(values).view(f"u{values.itemsize}").astype(np.uint64)
+        _one_value_an_address(at, bits, np.arange(at.size), "lanes of one store")
+        x, y, z = self.grid_idx
+        written.append((at, bits, np.full(at.size, x + (y << 24) + (z << 44))))
+        return store(self, ptrs, value, mask, *rest)
+
+    def launch(self, *arguments, **options):
+        written.clear()
+        call(self, *arguments, **options)
+        if written:
+            _one_value_an_address(*map(np.concatenate, zip(*written, strict=True)), "programs")
+
+    InterpreterBuilder.create_masked_store = create_masked_store
+    GridExecutor.__call__ = launch
+
+
 def cure():
     """Patch Triton's interpreter, once a process; the kernels in use must be its own."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "must be set before the kernels are imported"
     if not hasattr(InterpreterBuilder, "get_bf16"):
-        for remedy in (_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars, _patch_once, _silence_overflow):
+        remedies = [_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars, _patch_once, _silence_overflow]
+        for remedy in (*remedies, _refuse_races):
             remedy()

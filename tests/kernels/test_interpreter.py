@@ -144,3 +144,30 @@ def test_tl_fma_is_fused():
     out = torch.empty(4)
     _fma[(1,)](x, x, -(x * x), out, BLOCK=4)
     assert (out == 2.0**-24).all()
+
+
+@triton.jit
+def _overlapping(out, width, SIZE: tl.constexpr):
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    tl.store(out + row * width + column, row + column * 0)
+
+
+@triton.jit
+def _same_place(out, SIZE: tl.constexpr, APART: tl.constexpr):
+    program = tl.program_id(0)
+    tl.store(out + program * APART + tl.arange(0, SIZE), program)
+
+
+def test_lanes_that_store_over_each_other_are_refused():
+    out = torch.zeros(64, dtype=torch.int32)
+    _overlapping[(1,)](out, 8, SIZE=8)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="lanes of one store"):
+        _overlapping[(1,)](out, 7, SIZE=8)
+
+
+def test_programs_that_store_over_each_other_are_refused():
+    out = torch.zeros(64, dtype=torch.int32)
+    _same_place[(4,)](out, SIZE=8, APART=8)
+    _same_place[(1,)](out, SIZE=8, APART=0)
+    with pytest.raises(AssertionError, match="programs"):
+        _same_place[(4,)](out, SIZE=8, APART=7)
