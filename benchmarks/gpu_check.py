@@ -1,9 +1,9 @@
 """`python -m benchmarks.gpu_check`: everything that only a GPU can tell, in one run of some minutes, offline.
 
-Builds what it can, times fastvq beside its rivals and the device's measured limits (search, training step, residual
-quantiser, each kernel of a call, what other tiles would give), runs every CUDA operator under compute-sanitizer where
-that is installed, and the kernels' tests on the device: equal to the reference; graphs, streams, no host sync. Writes a
-JSON file and a Markdown table to benchmarks/results/gpu.
+Builds what it can, compares the indices of all backends, times fastvq beside its rivals and the device's measured
+limits (search, training step, residual quantiser, each kernel of a call, what other tiles would give), runs every CUDA
+operator under compute-sanitizer where that is installed, and the kernels' tests on the device: equal to the reference;
+graphs, streams, no host sync. Writes a JSON file and a Markdown table to benchmarks/results/gpu.
 A step that fails is recorded and the rest goes on; the exit status tells. With --dry the same on the CPU, at tiny
 shapes, in Triton's interpreter.
 """
@@ -49,6 +49,7 @@ DRY_SHAPES = ((70, 40, 16, "bfloat16"), (33, 20, 8, "float32"))
 STEPS = ((65_536, 1024, 64), (65_536, 8192, 256))  # N, K, D, float32
 DRY_STEPS = ((50, 20, 8),)
 RESIDUAL = (8, 6000, 128, 1024)  # stages, rows, D, K
+REFERENCE_PAIRS = 1 << 18  # N K of the largest search that the reference repeats
 NAIVE_BYTES = 16 << 30  # largest N x K matrix that the naive versions are asked to make
 TESTS = ["tests/kernels/test_on_device.py"]
 TESTS += [f"tests/kernels/test_triton_{name}.py" for name in ("search", "mutations", "code_sums", "ema_update")]
@@ -293,23 +294,31 @@ def drawn(check: Check, n: int, k: int, d: int, dtype: str) -> tuple[torch.Tenso
     return tuple(torch.randn(rows, d, device=check.device).to(getattr(torch, dtype)) for rows in (n, k))
 
 
-def time_search(check: Check, limits: Record) -> list[Record]:
-    """Milliseconds of every contender at every shape, its rate, and its part of what the device can do.
+def compare_indices(check: Check) -> Record:
+    """How many shapes there are at which every backend finds the same codes, those of the reference where it is quick.
 
     Raises:
-        AssertionError: fastvq's backends differ in an index.
+        AssertionError: an index differs.
     """
+    from fastvq.backends import reference
+
+    shapes = DRY_SHAPES if check.dry else SHAPES
+    for n, k, d, dtype in shapes:
+        x, codebook = drawn(check, n, k, d, dtype)
+        engines = ({"reference": reference} if n * k <= REFERENCE_PAIRS else {}) | backends(check)
+        found = {name: e.search(x, codebook, "euclidean", False, "exact")[0] for name, e in engines.items()}
+        first, *others = found
+        wrong = {name: int((found[name] != found[first]).sum()) for name in others}
+        if any(wrong.values()):
+            raise AssertionError(f"indices unlike those of {first} at {n} x {k} x {d}, {dtype}: {wrong}")
+    return {"shapes": len(shapes)}
+
+
+def time_search(check: Check, limits: Record) -> list[Record]:
+    """Milliseconds of every contender at every shape, its rate, and its part of what the device can do."""
     found = []
     for n, k, d, dtype in DRY_SHAPES if check.dry else SHAPES:
         x, codebook = drawn(check, n, k, d, dtype)
-        ours = {
-            name: backend.search(x, codebook, "euclidean", False, "exact")[0]
-            for name, backend in backends(check).items()
-        }
-        first = next(iter(ours.values()))
-        wrong = {name: int((indices != first).sum()) for name, indices in ours.items()}
-        if any(wrong.values()):
-            raise AssertionError(f"indices that differ at {n} x {k} x {d}, {dtype}: {wrong}")
         for name, call in contenders(check, x, codebook):
             with torch.no_grad():
                 row: Record = {"N": n, "K": k, "D": d, "dtype": dtype, "contender": name} | check.timed(call)
@@ -594,6 +603,7 @@ def main() -> int:
     steps: dict[str, Callable[[], Any]] = {
         "compile ahead": lambda: compile_ahead(check),
         "limits": lambda: measure_limits(check),
+        "indices": lambda: compare_indices(check),
         "search": lambda: time_search(check, check.steps["limits"]["result"]),
         "training step": lambda: time_steps(check),
         "residual quantiser": lambda: time_residual(check),

@@ -224,6 +224,7 @@ def cure():
     """Patch Triton's interpreter, once a process; the kernels in use must be its own."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "must be set before the kernels are imported"
     if not hasattr(InterpreterBuilder, "get_bf16"):
-        remedies = [_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars, _patch_once, _silence_overflow]
-        for remedy in (*remedies, _refuse_races):
+        for remedy in (_cure_bfloat16, _cure_fma, _cure_reductions, _cure_scalars):
             remedy()
+        for help_of_tests in (_patch_once, _silence_overflow, _refuse_races):
+            help_of_tests()

@@ -167,7 +167,7 @@ RULES = (
     Rule(
         "cuda",
         lambda gpu, p: gpu.arch == "sm_90" and _launch_bound(p),
-        "H100: the launches decide at this size, and take CUDA C++ 0.4 to 0.6 of the time",
+        "H100: the launches decide at this size, and take CUDA C++ 0.3 to 0.9 of the time",
     ),
     Rule("triton", lambda gpu, _: gpu.arch == "sm_90", "H100: at this size as fast as CUDA C++ or faster"),
     Rule("triton", lambda gpu, _: True, "the two have not been measured side by side; Triton is the older"),

@@ -6,9 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from benchmarks import gpu_check
+from fastvq.backends import triton
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +38,7 @@ def test_a_dry_run_does_every_step(tmp_path):
             "compile ahead",
             "tests",
             "limits",
+            "indices",
             "search",
             "training step",
             "residual quantiser",
@@ -59,6 +64,19 @@ def test_a_dry_run_does_every_step(tmp_path):
     page = (tmp_path / "dry.md").read_text()
     assert "fastvq triton" in page
     assert shutil.which("compute-sanitizer") or "memcheck: absent; racecheck: absent" in page
+
+
+def test_an_index_that_differs_is_found(monkeypatch):
+    def one_wrong(*arguments):
+        indices, distances = triton.search(*arguments)
+        indices[-1] += 1
+        return indices, distances
+
+    check = gpu_check.Check(dry=True, seconds=60)
+    assert gpu_check.compare_indices(check) == {"shapes": len(gpu_check.DRY_SHAPES)}
+    monkeypatch.setattr(gpu_check, "backends", lambda _: {"triton": triton, "cuda": SimpleNamespace(search=one_wrong)})
+    with pytest.raises(AssertionError, match=r"reference at 70 x 40 x 16, bfloat16: \{'triton': 0, 'cuda': 1\}"):
+        gpu_check.compare_indices(check)
 
 
 @pytest.mark.parametrize(

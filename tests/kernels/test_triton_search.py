@@ -213,7 +213,10 @@ def test_all_codes_equal_and_everything_infinite():
 )
 def test_rows_that_a_device_rounds_first(arch, dtype, k, d, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER._replace(arch=arch))
-    check(*make("gaussian", 21, k, d, dtype))
+    x, codebook = make("gaussian", 21, k, d, dtype)
+    raw = kernels.operand_type(x, codebook)[1]
+    assert kernels.rounded_before(launch.INTERPRETER, k, kernels.width_of(d), x.dtype, raw)
+    check(x, codebook)
 
 
 # ---- configurations -----------------------------------------------------------------------------------------------
