@@ -136,10 +136,10 @@ class Summary:
                 ", ".join(key[:3]),
                 *(milliseconds(found[name]) for name in ("fastvq", "search", "vector_quantize")),
             ]
-            for name in ("code_sums", "ema_update_", "backward"):
+            for name in ("ema_step_", "backward"):
                 line.append(f"{milliseconds(found[name])} ({float(found[name]['gbs']):.0f})")
             lines.append([*line, f"{float(found['copy']['gbs']):.0f} GB/s"])
-        head = ["N, K, D", "step", "search", "`vector_quantize`", "`code_sums`", "`ema_update_`", "backward", "copy"]
+        head = ["N, K, D", "step", "search", "`vector_quantize`", "`ema_step_`", "backward", "copy"]
         return markdown(head, lines)
 
     def data(self) -> str:

@@ -1,7 +1,7 @@
 """fastvq: vector quantisation for PyTorch; the exact nearest code, fast, without an N x K matrix."""
 
 from fastvq.backends.select import BackendUnavailableError, use_backend
-from fastvq.functional import code_sums, ema_update_, residual_quantize, search, vector_quantize
+from fastvq.functional import code_sums, ema_step_, ema_update_, residual_quantize, search, vector_quantize
 from fastvq.interop import PatchReport, patch, unpatch
 from fastvq.nn import (
     FSP,
@@ -47,6 +47,7 @@ __all__ = [
     "SimVQ",
     "VectorQuantize",
     "code_sums",
+    "ema_step_",
     "ema_update_",
     "patch",
     "residual_quantize",

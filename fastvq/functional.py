@@ -9,11 +9,12 @@ from fastvq import ops
 
 # The overloads by name: finding them anew costs some microseconds a call.
 _search = torch.ops.fastvq.search.default
-_vector_quantize = torch.ops.fastvq.vector_quantize.default
-_vector_quantize_counted = torch.ops.fastvq.vector_quantize_counted.default
+_vector_quantize = ops.differentiable["vector_quantize"]
+_vector_quantize_counted = ops.differentiable["vector_quantize_counted"]
 _code_sums = torch.ops.fastvq.code_sums.default
 _ema_update = torch.ops.fastvq.ema_update_.default
-_residual_quantize = torch.ops.fastvq.residual_quantize.default
+_ema_step = torch.ops.fastvq.ema_step_.default
+_residual_quantize = ops.differentiable["residual_quantize"]
 
 
 def _still(t: Tensor) -> Tensor:
@@ -184,6 +185,49 @@ def ema_update_(
     ops.check_backend(backend)
     with torch.no_grad():
         _ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps, backend)
+
+
+def ema_step_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    *,
+    decay: float,
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`code_sums` and `ema_update_` in one call: the codebook learns from rows and their codes, in place.
+
+    Rows with NaN or infinity in them are left out. Where processes share a codebook their sums must be added up between
+    the two: call them one by one there.
+
+    Args:
+        codebook: (K, D), or (H, K, D) with a codebook a head, overwritten.
+        cluster_size: (K,) or (H, K), updated.
+        embed_avg: the shape of codebook, updated.
+        x: (..., D) or (H, ..., D), any floating dtype and strides.
+        indices: the shape of x less its last dimension, int64, as `search` gives them; -1 leaves a row out.
+        decay, eps: as in `ema_update_`.
+        mask: the shape of indices, bool; rows where it is False are left out.
+        backend: as in `search`.
+
+    Returns:
+        counts, the shape and dtype of cluster_size: how many rows took each code.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as in `code_sums` and `ema_update_`.
+    """
+    tensors = {"codebook": codebook, "cluster_size": cluster_size, "embed_avg": embed_avg, "x": x, "indices": indices}
+    ops.check_tensors(**tensors, **_given(mask=mask))
+    ops.check_numbers(decay=decay, eps=eps)
+    ops.check_backend(backend)
+    with torch.no_grad():
+        counts = torch.empty_like(cluster_size)
+        _ema_step(codebook, cluster_size, embed_avg, counts, x, indices, mask, decay, eps, backend)
+    return counts
 
 
 def residual_quantize(

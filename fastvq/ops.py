@@ -6,6 +6,7 @@ arguments of the schema less the last one, which names the backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastvq.backends import plain, select
 from fastvq.backends.reference import working_dtype
+from fastvq.direct import Differentiable
 
 METRICS = ("euclidean", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
@@ -165,6 +167,22 @@ def _check_ema(
         raise ValueError(f"eps must be at least 0; got {eps}")
 
 
+def _check_ema_step(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    eps: float,
+) -> None:
+    _check_ema(codebook, cluster_size, embed_avg, counts, codebook, decay, eps)
+    _check_rows_and_codebook(x, codebook, "codebook", (2, 3), "(K, D) or (H, K, D)")
+    _check_code_sums(x, indices, codebook.shape[-2], mask, codebook.dim() == 3)
+
+
 def _check_residual(x: Tensor, codebooks: Tensor, metric: str) -> None:
     _check_rows_and_codebook(x, codebooks, "codebooks", (3, 4), "(Q, K, D) or (H, Q, K, D)")
     if codebooks.shape[-3] == 0:
@@ -173,6 +191,10 @@ def _check_residual(x: Tensor, codebooks: Tensor, metric: str) -> None:
 
 
 # ---- declaration ------------------------------------------------------------------------------------------------
+
+
+_run: dict[str, Callable[..., Any]] = {}  # what the dispatcher calls of each operator
+differentiable: dict[str, Differentiable] = {}  # how fastvq itself calls those that have a gradient
 
 
 def _declare(schema: str, check: Any, fake: Any) -> None:
@@ -185,8 +207,11 @@ def _declare(schema: str, check: Any, fake: Any) -> None:
         *arguments, backend = args
         check(*arguments)
         serving = select.backend_for(backend, arguments[0].device, None if anyone else (name, arguments))
-        serve: Any = getattr(serving, name, anyone)
-        return serve(*arguments)
+        serve: Any = getattr(serving, name, None)
+        if serve is not None:
+            return serve(*arguments)
+        with select.use_backend(select.requested(backend)):  # for the operators that it calls
+            return anyone(*arguments)
 
     def trace(*args: Any) -> Any:
         *arguments, backend = args
@@ -196,6 +221,13 @@ def _declare(schema: str, check: Any, fake: Any) -> None:
 
     _lib.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvq::{name}", trace, lib=_lib)
+    _run[name] = run
+
+
+def _differentiate(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give an operator a gradient, by the two functions that `torch.library.register_autograd` takes."""
+    torch.library.register_autograd(f"fastvq::{name}", backward, setup_context=setup, lib=_lib)
+    differentiable[name] = Differentiable(name, _run[name], setup, backward)
 
 
 # search -----------------------------------------------------------------------------------------------------------
@@ -308,16 +340,14 @@ def _vector_quantize_grad(
         grad_loss = x.new_zeros((), dtype=working_dtype(x, codebook))
     need_x, need_codebook = ctx.needs_input_grad[:2]
     weights = ctx.commitment_weight, ctx.codebook_weight
-    grad_x, grad_codebook = torch.ops.fastvq.vector_quantize_backward(
+    grad_x, grad_codebook = differentiable["vector_quantize_backward"](
         grad_quantized, grad_loss, x, codebook, indices, mask, *weights, need_x, need_codebook, ctx.backend
     )
     return _or_none(grad_x, need_x), _or_none(grad_codebook, need_codebook), None, None, None, None, None
 
 
 for _name in ("vector_quantize", "vector_quantize_counted"):
-    torch.library.register_autograd(
-        f"fastvq::{_name}", _vector_quantize_grad, setup_context=_vector_quantize_setup, lib=_lib
-    )
+    _differentiate(_name, _vector_quantize_setup, _vector_quantize_grad)
 
 
 def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -328,9 +358,7 @@ def _refuse_second_derivative(ctx: Any, *gradients: Any) -> Any:
     raise RuntimeError("fastvq operators have no second derivatives")
 
 
-torch.library.register_autograd(
-    "fastvq::vector_quantize_backward", _refuse_second_derivative, setup_context=_no_setup, lib=_lib
-)
+_differentiate("vector_quantize_backward", _no_setup, _refuse_second_derivative)
 
 # code_sums --------------------------------------------------------------------------------------------------------
 
@@ -359,6 +387,13 @@ _declare(
     "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_avg, Tensor counts, Tensor sums,"
     " float decay, float eps, str? backend) -> ()",
     _check_ema,
+    lambda *arguments: None,
+)
+
+_declare(
+    "ema_step_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_avg, Tensor(d!) counts, Tensor x,"
+    " Tensor indices, Tensor? mask, float decay, float eps, str? backend) -> ()",
+    _check_ema_step,
     lambda *arguments: None,
 )
 
@@ -411,18 +446,14 @@ def _residual_quantize_grad(
     if grad_losses is None:
         grad_losses = x.new_zeros(codebooks.shape[-3], dtype=working_dtype(x, codebooks))
     need_x, need_codebooks = ctx.needs_input_grad[:2]
-    grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
+    grad_x, grad_codebooks = differentiable["residual_quantize_backward"](
         grad_quantized, grad_losses, x, codebooks, indices, need_x, need_codebooks, ctx.backend
     )
     return _or_none(grad_x, need_x), _or_none(grad_codebooks, need_codebooks), None, None
 
 
-torch.library.register_autograd(
-    "fastvq::residual_quantize", _residual_quantize_grad, setup_context=_residual_quantize_setup, lib=_lib
-)
-torch.library.register_autograd(
-    "fastvq::residual_quantize_backward", _refuse_second_derivative, setup_context=_no_setup, lib=_lib
-)
+_differentiate("residual_quantize", _residual_quantize_setup, _residual_quantize_grad)
+_differentiate("residual_quantize_backward", _no_setup, _refuse_second_derivative)
 
 # what a layer learns from, and the rotated gradients of several stages ------------------------------------------------
 

@@ -153,6 +153,17 @@ PYBIND11_MODULE(_cpu, m) {
     run([&] { fastvq::ema_update(codes, sizes, averages, fresh_counts, fresh_sums, decay, eps, threads); });
   });
 
+  m.def("ema_step", [](const py::tuple& codebook, const py::tuple& cluster_size, const py::tuple& embed_avg,
+                       const py::tuple& counts, const py::tuple& x, Address indices, Address mask, double decay,
+                       double eps, int threads) {
+    const fastvq::Tensor codes = tensor(codebook), sizes = tensor(cluster_size), averages = tensor(embed_avg);
+    const fastvq::Tensor found = tensor(counts), rows = tensor(x);
+    run([&] {
+      fastvq::ema_step(codes, sizes, averages, found, rows, pointer<std::int64_t>(indices), pointer<std::uint8_t>(mask),
+                       decay, eps, threads);
+    });
+  });
+
   m.def("residual_quantize", [](const py::tuple& x, const py::tuple& codebooks, bool heads, bool dot, Address quantized,
                                 Address indices, const py::tuple& losses, std::uint64_t unchanged, int threads) {
     const fastvq::Tensor rows = tensor(x), codes = tensor(codebooks), out = tensor(losses);

@@ -1,5 +1,6 @@
 #include <vector>
 
+#include "memory.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -54,10 +55,30 @@ void update_code(const Rows& codebook, const Rows& average, const Rows& sums, st
   }
 }
 
+// A tensor in memory of its own, not initialised, of the shape of another.
+struct Dense {
+  Dense(const Tensor& like, DType dtype) : tensor(like) {
+    std::int64_t count = 1;
+    for (int d = like.dims - 1; d >= 0; --d) {
+      tensor.strides[d] = count;
+      count *= like.sizes[d];
+    }
+    memory = Memory(count * element_bytes(dtype));
+    tensor.dtype = dtype;
+    tensor.data = memory.data();
+  }
+  Tensor tensor;
+  Memory memory;
+};
+
 }  // namespace
 
 void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,
                 const Tensor& sums, double decay, double eps, int threads) {
+  if (codebook.dims == 2) {
+    return ema_update(codebook.under_head(), cluster_size.under_head(), embed_avg.under_head(), counts.under_head(),
+                      sums.under_head(), decay, eps, threads);
+  }
   const FloatEnvironment environment;
   for (std::int64_t h = 0; h < codebook.sizes[0]; ++h) {
     const Rows codes = codebook.select(0, h).rows();
@@ -87,6 +108,24 @@ void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor
       }
     });
   }
+}
+
+void ema_step(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,
+              const Tensor& x, const std::int64_t* indices, const std::uint8_t* mask, double decay, double eps,
+              int threads) {
+  const bool heads = codebook.dims == 3;
+  const DType dtype = x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const Dense found(counts, dtype), sums(codebook, dtype);
+  code_sums(x, heads, indices, mask, true, found.tensor, sums.tensor.data, threads);
+  const Tensor to = heads ? counts : counts.under_head();
+  dispatch_pair(to.dtype, dtype, [&](auto* to_type, auto* found_type) {
+    using To = std::remove_pointer_t<decltype(to_type)>;
+    const auto* fresh = static_cast<const std::remove_pointer_t<decltype(found_type)>*>(found.tensor.data);
+    for (std::int64_t h = 0; h < to.sizes[0]; ++h)
+      for (std::int64_t k = 0; k < to.sizes[1]; ++k)
+        static_cast<To*>(to.data)[h * to.strides[0] + k * to.strides[1]] = narrow<To>(widen(*fresh++));
+  });
+  ema_update(codebook, cluster_size, embed_avg, found.tensor, sums.tensor, decay, eps, threads);
 }
 
 }  // namespace fastvq

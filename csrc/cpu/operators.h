@@ -44,9 +44,16 @@ void vector_quantize_backward(const Tensor& grad_quantized, double grad_loss, co
 void code_sums(const Tensor& x, bool heads, const std::int64_t* indices, const std::uint8_t* mask, bool finite_alone,
                const Tensor& counts, void* sums, int threads);
 
-// All with the leading dimension H, strided; the first three are updated in place.
+// codebook, embed_avg and sums ([H,] K, D), cluster_size and counts ([H,] K), strided; the first three are updated in
+// place.
 void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,
                 const Tensor& sums, double decay, double eps, int threads);
+
+// The same from the finite ones of the rows x ([H,] ..., D) and their codes; counts ([H,] K), strided, becomes how many
+// took each code.
+void ema_step(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_avg, const Tensor& counts,
+              const Tensor& x, const std::int64_t* indices, const std::uint8_t* mask, double decay, double eps,
+              int threads);
 
 // codebooks ([H,] Q, K, D); quantized (..., D) in the dtype of x; indices (..., Q); losses (Q).
 void residual_quantize(const Tensor& x, const Tensor& codebooks, bool heads, Metric metric, void* quantized,

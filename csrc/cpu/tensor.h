@@ -155,6 +155,19 @@ struct Tensor {
     return part;
   }
 
+  // The same under a leading dimension of one.
+  Tensor under_head() const {
+    Tensor whole = *this;
+    whole.dims = dims + 1;
+    whole.sizes[0] = 1;
+    whole.strides[0] = 0;
+    for (int d = 0; d < dims; ++d) {
+      whole.sizes[d + 1] = sizes[d];
+      whole.strides[d + 1] = strides[d];
+    }
+    return whole;
+  }
+
   Rows rows() const {
     Rows r;
     r.data = data;

@@ -246,10 +246,33 @@ def ema_update_(
 ) -> None:
     """The moving averages and the codebook, in place; float64 within, each stored tensor rounded once."""
     tensors = (codebook, cluster_size, embed_avg, counts.resolve_neg(), sums.resolve_neg())
-    by_head = tensors if codebook.dim() == 3 else tuple(t.unsqueeze(0) for t in tensors)
-    _kernels.ema_update(*[_pass(t) for t in by_head], decay, eps, torch.get_num_threads())
+    _kernels.ema_update(*[_pass(t) for t in tensors], decay, eps, torch.get_num_threads())
     # Autograd must see the writes: a codebook saved for backward and updated since is an error, not a wrong gradient.
     torch.autograd.graph.increment_version((codebook, cluster_size, embed_avg))
+
+
+def ema_step_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    eps: float,
+) -> None:
+    """`finite_code_sums` of the rows, with the counts into `counts`, and `ema_update_` with both."""
+    x, indices, mask = _readable(x), indices.contiguous(), _dense(mask)
+    _kernels.ema_step(
+        *[_pass(t) for t in (codebook, cluster_size, embed_avg, counts, x)],
+        indices.data_ptr(),
+        _address(mask),
+        decay,
+        eps,
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version((codebook, cluster_size, embed_avg, counts))
 
 
 def residual_quantize(x: Tensor, codebooks: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,6 +51,23 @@ def finite_code_sums(
     return found
 
 
+def ema_step_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    eps: float,
+) -> None:
+    """`finite_code_sums` of the rows, with the counts into `counts`, and `ema_update_` with both."""
+    found, sums = torch.ops.fastvq.finite_code_sums(x, indices, codebook.shape[-2], mask, codebook.dim() == 3, None)
+    counts.copy_(found)
+    torch.ops.fastvq.ema_update_(codebook, cluster_size, embed_avg, found, sums, decay, eps, None)
+
+
 def residual_code_sums(x: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Counts (Q, K) and sums (Q, K, D) of the residuals of each stage; rows that are not finite are left out."""
     residual = x.to(working_dtype(x, codebooks))

@@ -220,17 +220,17 @@ def backend_for(backend: str | None, device: torch.device, call: tuple[str, Sequ
         ValueError: the backend does not serve this kind of device.
         BackendUnavailableError: the backend was asked for by name and cannot serve in this process.
     """
-    name = requested(backend)
+    name, kind = requested(backend), device.type
     if name == "auto":
-        name, why = automatic(device.type)
+        name, why = automatic(kind)
         if why is not None:
-            _warn_slow(device.type, why)
-        elif call is not None and len(able(device.type)) > 1:
-            name = _cached_choice(gpu_of(device.index or 0), problem_of(*call), able(device.type)).backend
+            _warn_slow(kind, why)
+        elif call is not None and len(able(kind)) > 1:
+            name = _cached_choice(gpu_of(device.index or 0), problem_of(*call), able(kind)).backend
     else:
         why = missing(name)
         if why is not None:
             raise BackendUnavailableError(f"backend {name!r} is not available: {why}")
-        if not serves(name, device.type):
-            raise ValueError(f"backend {name!r} does not serve tensors on {device.type}")
+        if not serves(name, kind):
+            raise ValueError(f"backend {name!r} does not serve tensors on {kind}")
     return _module(name)

@@ -151,7 +151,7 @@ COPY_BYTES = 2 * 4 * _COPIED  # that `copy_work` reads and writes
 # ---- training step ----------------------------------------------------------------------------------------------
 
 STEPS = ("fastvq", "module", "naive", "chunked", "peer")
-OPERATORS = ("vector_quantize", "code_sums", "ema_update_", "backward")  # of fastvq's step, one after another
+OPERATORS = ("vector_quantize", "ema_step_", "backward")  # of fastvq's step, one after another
 
 
 class Layer(Protocol):
@@ -191,21 +191,17 @@ class FusedLayer(_State):
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise (N, D), update the codebook; quantized (N, D) and the commitment loss."""
         quantized, indices, loss = self.quantize(x)
-        self.move(*self.sum_up(x, indices))
+        self.learn(x, indices)
         return quantized, loss
 
     def quantize(self, x: Tensor) -> tuple[Tensor, ...]:
         """Quantized (N, D), indices (N,) and the loss."""
         return fastvq.vector_quantize(x, self.codebook)
 
-    def sum_up(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts (K,) and sums (K, D)."""
-        return fastvq.code_sums(x, indices, self.codebook.shape[0])
-
-    def move(self, counts: Tensor, sums: Tensor) -> None:
+    def learn(self, x: Tensor, indices: Tensor) -> None:
         """Update the averages and the codebook."""
         fresh = torch.empty_like(self.codebook)  # the backward pass needs the codes of this forward pass
-        fastvq.ema_update_(fresh, self.cluster_size, self.embed_avg, counts, sums, decay=DECAY, eps=EPS)
+        fastvq.ema_step_(fresh, self.cluster_size, self.embed_avg, x, indices, decay=DECAY, eps=EPS)
         self.codebook = fresh
 
 
@@ -309,8 +305,7 @@ def operator_work(operator: str, shape: Shape) -> Work:
     calls: dict[str, Callable[[], Any]] = {
         "search": lambda: fastvq.search(x, layer.codebook),
         "vector_quantize": lambda: layer.quantize(found["leaf"]),
-        "code_sums": lambda: layer.sum_up(found["leaf"], found["vector_quantize"][1]),
-        "ema_update_": lambda: layer.move(*found["code_sums"]),
+        "ema_step_": lambda: layer.learn(found["leaf"], found["vector_quantize"][1]),
         "backward": backward,
     }
 
@@ -328,8 +323,7 @@ def operator_bytes(shape: Shape) -> dict[str, int]:
     """What the operators that do no search must read and write, each tensor once."""
     n, k, d = shape
     return {
-        "code_sums": 4 * n * d + 8 * n + 4 * k * (d + 1),
-        "ema_update_": 4 * k * (4 * d + 3),
+        "ema_step_": 4 * n * d + 8 * n + 4 * k * (4 * d + 4),
         "backward": 4 * 3 * n * d + 8 * n + 4 * k * d,
     }
 

@@ -72,6 +72,9 @@ class AffineCodebook(Codebook):
         many = counts.unsqueeze(-1)
         return counts, (sums - many * self.batch_mean) / self._spread() + many * self.codebook_mean
 
+    def _learns_alone(self) -> bool:
+        return not self._has_batch and super()._learns_alone()
+
     def row_of_codes(self, rows: Tensor) -> Tensor:
         """Rows (H, K, D) in the frame of `embed`."""
         if not self._has_batch or self.strict_compat:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastvq import ops
 from fastvq.backends.rows import finite_rows
-from fastvq.functional import code_sums, ema_update_
+from fastvq.functional import code_sums
 from fastvq.nn.cosine import l2norm
-from fastvq.nn.distributed import all_reduce_, take_turns
+from fastvq.nn.distributed import all_reduce_, take_turns, world_size
 from fastvq.nn.kmeans import kmeans
 from fastvq.nn.recompute import Recording, generator_state, recomputing, set_generator_state
 from fastvq.nn.sampling import rows_for_codes
@@ -21,6 +21,10 @@ from fastvq.nn.straight_through import straight_through
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 T = TypeVar("T")
+
+_finite_code_sums = torch.ops.fastvq.finite_code_sums.default
+_ema_update = torch.ops.fastvq.ema_update_.default
+_ema_step = torch.ops.fastvq.ema_step_.default
 
 
 class Codebook(nn.Module):
@@ -177,11 +181,13 @@ class Codebook(nn.Module):
 
     # ---- learning -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def init_from(self, rows: Tensor, mask: Tensor | None) -> None:
         """Before the first batch with rows (H, B, T, D), mask (H, B, T): their k-means, where that was asked for."""
-        if self._ready or rows.numel() == 0:
-            return
+        if not self._ready and rows.numel() > 0:
+            self._start_from(rows, mask)
+
+    @torch.no_grad()
+    def _start_from(self, rows: Tensor, mask: Tensor | None) -> None:
         found = rows.shape[1] * rows.shape[2]
         if found < self.codebook_size:
             warnings.warn(
@@ -200,7 +206,6 @@ class Codebook(nn.Module):
             self.embed_avg.copy_(means * counts.unsqueeze(-1))
             self.update_ema()
 
-    @torch.no_grad()
     def observe(self, rows: Tensor, mask: Tensor | None) -> None:
         """Take note of the rows (H, B, T, D) of a forward before their search; nothing here."""
 
@@ -240,9 +245,29 @@ class Codebook(nn.Module):
             counts, _ = code_sums(rows[..., :1], indices, self.codebook_size, mask=kept, per_head=True)
             self.counts.copy_(counts)
             return
-        counts, sums = torch.ops.fastvq.finite_code_sums(rows, indices, self.codebook_size, mask, True, None)
+        if weight is None and not accumulate and self._learns_alone():
+            codes = self._moved_codes(ema_update)
+            averages = self.cluster_size, self.embed_avg
+            _ema_step(codes, *averages, self.counts, rows, indices, mask, self.decay, self.eps, None)
+            self._settle(codes)
+            self.expire_codes_(rows, mask)
+            return
+        counts, sums = _finite_code_sums(rows, indices, self.codebook_size, mask, True, None)
         if self._follow(counts, sums, weight, accumulate=accumulate, ema_update=ema_update):
             self.expire_codes_(rows, mask)
+
+    def _learns_alone(self) -> bool:
+        """Whether the averages want the sums of these rows, as they are, and no others."""
+        return not (self._waiting or (self.shared and world_size() > 1))
+
+    def _moved_codes(self, ema_update: bool | None) -> Tensor:
+        """What the averages write codes to: `embed`, where the codes follow them in this step."""
+        follow = (self.ema_update if ema_update is None else ema_update) and not self.manual_ema_update
+        return self.embed if follow else torch.empty_like(self.embed)
+
+    def _settle(self, codes: Tensor) -> None:
+        if codes is self.embed and self.use_cosine_sim:
+            self.embed.copy_(l2norm(self.embed))
 
     @torch.no_grad()
     def update_from(self, counts: Tensor, sums: Tensor) -> None:
@@ -263,8 +288,14 @@ class Codebook(nn.Module):
             return False
         if self._waiting:
             counts, sums = self._accumulated(counts, sums)
-        follows = (self.ema_update if ema_update is None else ema_update) and not self.manual_ema_update
-        self._move_averages(counts, sums, weight, follows)
+        codes = self._moved_codes(ema_update)
+        if weight is None:
+            _ema_update(codes, self.cluster_size, self.embed_avg, counts, sums, self.decay, self.eps, None)
+            self._settle(codes)
+            return True
+        self._move_averages(counts, sums, weight)
+        if codes is self.embed:
+            self.update_ema()
         return True
 
     def of_codes(self, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,21 +315,13 @@ class Codebook(nn.Module):
         self._waiting = False
         return total
 
-    def _move_averages(self, counts: Tensor, sums: Tensor, weight: Tensor | None, follows: bool) -> None:
-        if weight is None:
-            codes = self.embed if follows else torch.empty_like(self.embed)
-            ema_update_(codes, self.cluster_size, self.embed_avg, counts, sums, decay=self.decay, eps=self.eps)
-            if follows and self.use_cosine_sim:
-                self.embed.copy_(l2norm(self.embed))
-            return
+    def _move_averages(self, counts: Tensor, sums: Tensor, weight: Tensor) -> None:
         if weight.shape not in (self.cluster_size.shape, self.cluster_size.shape[1:]):
             wanted = f"{tuple(self.cluster_size.shape[1:])} or {tuple(self.cluster_size.shape)}"
             raise ValueError(f"ema_update_weight must have shape {wanted}; got {tuple(weight.shape)}")
         step = ((1 - self.decay) * weight).to(self.cluster_size).expand_as(self.cluster_size)
         self.cluster_size.lerp_(counts.to(step), step)
         self.embed_avg.lerp_(sums.to(step), step.unsqueeze(-1))
-        if follows:
-            self.update_ema()
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -368,3 +391,5 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*arguments)
         if not self.initted.is_meta:
             self._ready = bool(self.initted)
+        if self.counts.is_meta:  # no checkpoint has them
+            self.counts = torch.zeros_like(self.cluster_size)

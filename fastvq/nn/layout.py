@@ -68,8 +68,9 @@ class Layout:
 
     def restored(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Tokens (B, N, ..., dim) laid out as x; what stands between N and dim goes last, before a last dim."""
-        tokens = tokens.reshape(*self.places(x), *tokens.shape[2:])
-        return tokens.movedim(-1, 1) if self._channels_second(x) else tokens
+        if self._channels_second(x):
+            return tokens.reshape(*self.places(x), *tokens.shape[2:]).movedim(-1, 1)
+        return tokens.squeeze(1) if x.dim() == 2 else tokens
 
     def mask(self, x: Tensor, tokens: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
         """Which of the tokens take part, (B, N) bool, or None when all do.
@@ -97,6 +98,8 @@ class Layout:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """(B, N, heads * D) as (heads, B, N, D), or, on one codebook, (1, B, N * heads, D)."""
+        if self.heads == 1:
+            return tokens.unsqueeze(0)
         split = tokens.unflatten(-1, (self.heads, -1))
         return split.permute(2, 0, 1, 3) if self.separate else split.flatten(1, 2).unsqueeze(0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -549,7 +551,6 @@ class VectorQuantize(nn.Module):
         """The output in the layout of the rows, with the gradient that the constructor asks for."""
         if not self.training:
             return chosen.values
-        source = call.over_k(rows).expand_as(chosen.values)
         routes = rows.requires_grad and self.route_gradients_to_input and (routes or not self.strict_compat)
         soft = self.straight_through and rows.requires_grad and call.temperature > 0 and call.topk is None
         if soft and not (routes and self.strict_compat):
@@ -562,8 +563,9 @@ class VectorQuantize(nn.Module):
         elif not routes:
             quantized = chosen.values
         elif self.rotation_trick:
-            quantized = rotate_gradient(source, chosen.passed)
+            quantized = rotate_gradient(call.over_k(rows).expand_as(chosen.values), chosen.passed)
         elif self.directional_reparam:
+            source = call.over_k(rows).expand_as(chosen.values)
             quantized = directional_reparam(source, chosen.values, self.directional_reparam_variance)
         else:
             quantized = chosen.passed
@@ -647,14 +649,16 @@ class VectorQuantize(nn.Module):
                 return parts["commitment"]
             parts["commitment"] = chosen.commitment
             return chosen.commitment * (self.commitment_weight if self.has_commitment_loss else 1.0)
-        loss = torch.zeros_like(parts["commitment"])
-        for asked, part, weight in (
-            (self.has_codebook_diversity_loss, "codebook_diversity", self.codebook_diversity_loss_weight),
-            (self.has_commitment_loss, "commitment", self.commitment_weight),
-            (self.has_codebook_orthogonal_loss, "orthogonal_reg", self.orthogonal_reg_weight),
-        ):
-            if asked:
-                loss = loss + weight * parts[part]
+        weighted = [
+            weight * parts[part]
+            for asked, part, weight in (
+                (self.has_codebook_diversity_loss, "codebook_diversity", self.codebook_diversity_loss_weight),
+                (self.has_commitment_loss, "commitment", self.commitment_weight),
+                (self.has_codebook_orthogonal_loss, "orthogonal_reg", self.orthogonal_reg_weight),
+            )
+            if asked
+        ]
+        loss = functools.reduce(operator.add, weighted) if weighted else torch.zeros_like(parts["commitment"])
         if torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
             loss.requires_grad_()  # so that loss.backward() works on fixed features too
         return loss
@@ -685,7 +689,9 @@ class VectorQuantize(nn.Module):
         places = self.layout.places(x)
         if call.topk is not None:
             return values.reshape(*places, values.shape[-1])
-        return self.layout.joined(values.unsqueeze(-1)).reshape(*places, *([self.heads] if self.heads > 1 else []))
+        if self.heads == 1:
+            return values.reshape(places)
+        return self.layout.joined(values.unsqueeze(-1)).reshape(*places, self.heads)
 
     def _unjoined(self, quantized: Tensor) -> Tensor:
         """The rows as `vector_quantize_pytorch` returns them beside a cross entropy."""

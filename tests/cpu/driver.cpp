@@ -135,6 +135,9 @@ void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
   std::vector<float> codebook(k * d, 0.5f), sizes(k, 1.0f), averages(k * d, 0.5f);
   ema_update(flat(codebook.data(), {1, k, d}), flat(sizes.data(), {1, k}), flat(averages.data(), {1, k, d}),
              flat(counts.data(), {1, k}), flat(sums.data(), {1, k, d}), 0.9, 1e-5, threads);
+  std::vector<float> again(k * d, 0.5f), again_sizes(k, 1.0f), again_averages(k * d, 0.5f), again_counts(k);
+  ema_step(flat(again.data(), {k, d}), flat(again_sizes.data(), {k}), flat(again_averages.data(), {k, d}),
+           flat(again_counts.data(), {k}), x.tensor(), indices.data(), mask.data(), 0.9, 1e-5, threads);
   double counted = 0, kept = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     kept += mask[i];
@@ -145,6 +148,8 @@ void run_layer(Matrix& x, Matrix& c, int threads, const std::string& what) {
   }
   for (std::int64_t i = 0; i < k; ++i)
     if (taken[i] != static_cast<std::int64_t>(counts[i])) return fail(what + ": counts of vector_quantize");
+  if (again_counts != counts || again != codebook || again_averages != averages || again_sizes != sizes)
+    return fail(what + ": ema_step is not code_sums and ema_update");
   for (float count : counts) counted += count;
   if (counted != kept) fail(what + ": counts");
   std::vector<float> both(2 * k * d);

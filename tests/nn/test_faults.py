@@ -16,7 +16,7 @@ from fastvq.nn import codebook
 from fastvq.nn.codebook import Codebook
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-quantize, learn, move = functional.vector_quantize, Codebook.update, codebook.ema_update_
+quantize, learn, move = functional.vector_quantize, Codebook.update, codebook._ema_step
 
 
 def quantizing(change: Callable[..., Any]) -> Patch:
@@ -25,8 +25,13 @@ def quantizing(change: Callable[..., Any]) -> Patch:
 
 
 def moving(**change: float) -> Patch:
-    """A fault in the arguments of `ema_update_`."""
-    return lambda patch: patch.setattr(codebook, "ema_update_", lambda *a, **options: move(*a, **options | change))
+    """A fault in how fast the averages move, or how they are smoothed."""
+
+    def faulty(*arguments: Any) -> None:
+        *given, decay, eps, backend = arguments
+        move(*given, change.get("decay", decay), change.get("eps", eps), backend)
+
+    return lambda patch: patch.setattr(codebook, "_ema_step", faulty)
 
 
 def by(indices_of: Callable[[Tensor, Tensor, str], Tensor]) -> Patch:

@@ -117,6 +117,7 @@ def test_built_on_the_meta_device() -> None:
     layer.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
     x = torch.randn(30, DIM)
     assert_same(step(layer, x), step(source, x), rtol=0, atol=0)
+    assert layer.perplexity == source.perplexity > 1
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"threshold_ema_dead_code": 3}], ids=str)

@@ -1,4 +1,4 @@
-"""ema_update_: the formula of the paper, in place, each stored value rounded once."""
+"""ema_update_ and ema_step_: the formula of the paper, in place, each stored value rounded once."""
 
 import pytest
 import torch
@@ -139,3 +139,75 @@ def test_parameters_are_updated_too(backend):
     fastvq.ema_update_(*tensors, decay=0.9, backend=backend)
     assert not torch.equal(tensors[0], before)
     assert tensors[0].is_leaf
+
+
+# ---- from the rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [(), (3,)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_is_the_sums_of_finite_rows_and_the_update(backend, dtype, heads, masked):
+    x = torch.randn(*heads, 40, 6, 7).to(dtype)
+    x[..., 3, 2, 1], x[..., 5, 0, 6] = torch.nan, -torch.inf
+    indices = torch.randint(-1, 33, x.shape[:-1])
+    mask = torch.rand(x.shape[:-1]) < 0.8 if masked else None
+    finite = x.isfinite().all(-1)
+    mine = state(heads=heads)[:3]
+    wanted = [t.clone() for t in mine]
+    sums = fastvq.code_sums(
+        x, indices, 33, mask=finite if mask is None else finite & mask, per_head=bool(heads), backend=backend
+    )
+    fastvq.ema_update_(*wanted, *sums, decay=0.9, backend=backend)
+    before = [t._version for t in mine]
+    counts = fastvq.ema_step_(*mine, x, indices, decay=0.9, mask=mask, backend=backend)
+    assert all(t._version > b for t, b in zip(mine, before, strict=True))
+    for found, right in zip(mine, wanted, strict=True):
+        assert_same_bits(found, right)
+    assert counts.dtype == torch.float32
+    assert_same_bits(counts, sums[0].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_on_strided_state_and_rows(backend, dtype):
+    x = torch.randn(7, 90).to(dtype).t()
+    indices = torch.randint(33, (2, 90)).t()[:, 0]
+    packed = state(dtype=dtype)[:3]
+    apart = [torch.stack([t, t + 1], -1)[..., 0] for t in packed]
+    wanted = fastvq.ema_step_(*packed, x.contiguous(), indices.contiguous(), decay=0.9, backend=backend)
+    counts = torch.zeros(66, dtype=dtype)[::2]
+    torch.ops.fastvq.ema_step_(*apart, counts, x, indices, None, 0.9, 1e-5, backend)
+    for found, right in zip([*apart, counts], [*packed, wanted], strict=True):
+        assert_same_bits(found, right)
+
+
+def test_a_step_without_rows(backend):
+    mine = state()[:3]
+    wanted = [t.clone() for t in mine]
+    fastvq.ema_update_(*wanted, torch.zeros(33), torch.zeros(33, 7), decay=0.9, backend=backend)
+    counts = fastvq.ema_step_(*mine, torch.randn(0, 7), torch.zeros(0, dtype=torch.int64), decay=0.9, backend=backend)
+    assert counts.eq(0).all()
+    for found, right in zip(mine, wanted, strict=True):
+        assert_same_bits(found, right)
+
+
+def test_a_step_with_an_index_past_the_codebook_writes_nothing(backend):
+    mine = state()[:3]
+    before = [t.clone() for t in mine]
+    with pytest.raises(ValueError, match=r"^indices must be below codebook_size = 33; got 33$"):
+        fastvq.ema_step_(*mine, torch.randn(2, 7), torch.tensor([1, 33]), decay=0.9, backend=backend)
+    for found, right in zip(mine, before, strict=True):
+        assert_same_bits(found, right)
+
+
+def test_a_step_on_any_number_of_threads(backend):
+    x, indices = torch.randn(20_000, 7), torch.randint(33, (20_000,))
+    results = []
+    for number in (1, 2, 3):
+        torch.manual_seed(3)
+        mine = state()[:3]
+        with threads(number):
+            results.append([*mine, fastvq.ema_step_(*mine, x, indices, decay=0.9, backend=backend)])
+    for other in results[1:]:
+        for found, first in zip(other, results[0], strict=True):
+            assert_same_bits(found, first)

@@ -44,12 +44,20 @@ def ema_update_(**changes):
     return fastvq.ema_update_(*(t.clone() if isinstance(t, torch.Tensor) else t for t in state.values()), **options)
 
 
+def ema_step_(x=X, indices=INDICES, **changes):
+    state = {"codebook": CODES, "cluster_size": rows(K), "embed_avg": CODES}
+    state |= {key: changes.pop(key) for key in state if key in changes}
+    given = (t.clone() if isinstance(t, torch.Tensor) else t for t in state.values())
+    return fastvq.ema_step_(*given, x, indices, **changes)
+
+
 FUNCTIONS = {
     "search": search,
     "vector_quantize": vector_quantize,
     "residual_quantize": residual_quantize,
     "code_sums": code_sums,
     "ema_update_": lambda **options: ema_update_(**{"decay": 0.9} | options),
+    "ema_step_": lambda **options: ema_step_(**{"decay": 0.9} | options),
 }
 # The name of the codebook argument, and the leading dimensions it has.
 CODEBOOK = {"search": "codebook", "vector_quantize": "codebook", "residual_quantize": "codebooks"}
@@ -76,7 +84,7 @@ BAD_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float
 
 
 @pytest.mark.parametrize("dtype", BAD_DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["search", "vector_quantize", "residual_quantize", "code_sums"])
+@pytest.mark.parametrize("name", ["search", "vector_quantize", "residual_quantize", "code_sums", "ema_step_"])
 def test_rows_that_are_not_floating(name, dtype):
     refused(FUNCTIONS[name], TypeError, f"^x must be float32, .*; got {dtype}$", x=torch.ones(N, D).to(dtype))
 
@@ -93,10 +101,11 @@ def test_codes_that_are_not_floating(name, dtype):
 @pytest.mark.parametrize(
     ("name", "argument"),
     [
-        *[(name, "x") for name in ("search", "vector_quantize", "residual_quantize", "code_sums")],
+        *[(name, "x") for name in ("search", "vector_quantize", "residual_quantize", "code_sums", "ema_step_")],
         *CODEBOOK.items(),
         ("code_sums", "indices"),
         *[("ema_update_", key) for key in ("codebook", "cluster_size", "embed_avg", "counts", "sums")],
+        *[("ema_step_", key) for key in ("codebook", "cluster_size", "embed_avg", "indices")],
     ],
 )
 def test_what_is_no_tensor(name, argument, value):
@@ -328,6 +337,25 @@ def test_codebooks_of_the_update():
     refused(ema_update_, ValueError, message, decay=0.9, codebook=rows(0, D))
     integer = {"codebook": CODES.long()}
     refused(ema_update_, TypeError, "^codebook must be float32, .*; got torch.int64$", decay=0.9, **integer)
+
+
+def test_what_a_step_learns_from():
+    for shape in ((N, D + 1), (N,), ()):
+        refused(FUNCTIONS["ema_step_"], ValueError, "^x must have ", x=rows(*shape))
+    refused(
+        FUNCTIONS["ema_step_"],
+        ValueError,
+        "^x must have shape \\(H, ",
+        codebook=rows(3, K, D),
+        cluster_size=rows(3, K),
+        embed_avg=rows(3, K, D),
+    )
+    refused(FUNCTIONS["ema_step_"], ValueError, "^indices must have shape ", indices=INDICES[:-1])
+    refused(FUNCTIONS["ema_step_"], TypeError, "^indices must be int64; got torch.int32$", indices=INDICES.int())
+    refused(FUNCTIONS["ema_step_"], TypeError, "^mask must be bool; got torch.float32$", mask=rows(N))
+    refused(FUNCTIONS["ema_step_"], ValueError, "^mask must have shape ", mask=torch.ones(N + 1) > 0)
+    refused(FUNCTIONS["ema_step_"], ValueError, "^decay must be from 0 to 1; got 2.0$", decay=2.0)
+    refused(FUNCTIONS["ema_step_"], ValueError, "^cluster_size must have shape ", cluster_size=rows(K + 1))
 
 
 def test_state_that_overlaps_itself():

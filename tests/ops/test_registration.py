@@ -41,6 +41,7 @@ def calls(dtype="float32", heads=None):
         "vector_quantize_backward to x": (upstream, loss, x, codebook, indices, None, 0.5, 1.5, True, False, None),
         "code_sums": (x, indices, 7, mask, heads is not None, None),
         "ema_update_": (codebook, size, average, size.clone(), average.clone(), 0.9, 1e-5, None),
+        "ema_step_": (codebook, size, average, torch.empty_like(size), x, indices, mask, 0.9, 1e-5, None),
         "residual_quantize": (x, codebooks, "euclidean", None),
         "residual_quantize_backward": (upstream, losses, x, codebooks, stage_indices, True, True, None),
         "residual_quantize_backward to codebooks": (upstream, losses, x, codebooks, stage_indices, False, True, None),
@@ -124,12 +125,13 @@ def test_no_operator_returns_its_inputs(backend):
 
 
 def training_step(x, codebook, cluster_size, embed_avg, mask, codebooks):
-    """All five functions, as layers would call them."""
+    """All functions, as layers would call them."""
     quantized, indices, loss = fastvq.vector_quantize(x, codebook, codebook_weight=0.5, mask=mask)
     counts, sums = fastvq.code_sums(x, indices, codebook.shape[0], mask=mask)
     with torch.no_grad():
         fresh = codebook.clone()
         fastvq.ema_update_(fresh, cluster_size, embed_avg, counts, sums, decay=0.9)
+        fastvq.ema_step_(fresh, cluster_size, embed_avg, x, indices, decay=0.9)
     nearest, distances = fastvq.search(quantized, fresh, return_distance=True)
     residual, stages, losses = fastvq.residual_quantize(x * 2, codebooks)
     again, _, learnt, taken = fastvq.vector_quantize(x, codebook, codebook_weight=1.0, mask=mask, return_counts=True)
