@@ -8,6 +8,7 @@ with an underscore are those that torch's own Python code for operators uses.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ _keys = torch._C._dispatch_keys
 _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded with all of autograd
-_PLAIN_THREAD = _included().raw_repr()
+with ThreadPoolExecutor(1) as _fresh:  # the thread that imports this may be in some mode
+    _PLAIN_THREAD = _fresh.submit(lambda: _included().raw_repr()).result()
 
 _plain: set[int] = set()  # what the dispatcher knows of tensors of which it knows but where they lie
 
@@ -38,8 +40,10 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """Whether an operator called with these, by code that is not being compiled, would lead to its kernel alone.
 
     Not so under torch.func's transforms, any mode of torch_function or torch_dispatch (fake tensors, make_fx, a default
-    device), the profiler and inference mode, nor with a subclass of Tensor that asks to be told, or one that holds
-    other values than its memory: conjugate or negative by a flag, zeros without memory.
+    device), the profiler of this thread and inference mode, nor with a subclass of Tensor that asks to be told, or one
+    that holds other values than its memory: conjugate or negative by a flag, zeros without memory. Torch does not tell
+    of other observers of its calls, a profiler of all threads or an execution trace, nor of kernels that others have
+    registered for the operator: for these call `torch.ops.fastvq`.
     """
     if torch.autograd._profiler_enabled() or has_torch_function(tensors):
         return False

@@ -138,6 +138,12 @@ def _check_code_sums(x: Tensor, indices: Tensor, codebook_size: int, mask: Tenso
     _check_mask(mask, x)
 
 
+def _check_apart(name: str, t: Tensor) -> None:
+    strides = t.stride()
+    if 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, t.shape, strict=True)):
+        raise ValueError(f"{name} must not overlap itself, being updated in place; got strides {strides}")
+
+
 def _check_ema(
     codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
 ) -> None:
@@ -158,9 +164,7 @@ def _check_ema(
             _check_shape(name, tensor, want, f"to go with codebook {_shape(codebook)}")
         _check_device(name, tensor, "codebook", codebook)
     for name, tensor in (("codebook", codebook), ("cluster_size", cluster_size), ("embed_avg", embed_avg)):
-        strides = tensor.stride()
-        if 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, tensor.shape, strict=True)):
-            raise ValueError(f"{name} must not overlap itself, being updated in place; got strides {tensor.stride()}")
+        _check_apart(name, tensor)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be from 0 to 1; got {decay}")
     if not eps >= 0.0:
@@ -179,6 +183,7 @@ def _check_ema_step(
     eps: float,
 ) -> None:
     _check_ema(codebook, cluster_size, embed_avg, counts, codebook, decay, eps)
+    _check_apart("counts", counts)
     _check_rows_and_codebook(x, codebook, "codebook", (2, 3), "(K, D) or (H, K, D)")
     _check_code_sums(x, indices, codebook.shape[-2], mask, codebook.dim() == 3)
 

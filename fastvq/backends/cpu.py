@@ -57,6 +57,8 @@ def extension() -> ModuleType:
 
 
 def _pass(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    if t.dim() > _MAX_DIMS:  # dense, as `_readable` has made it
+        t = t.flatten(1, -2)
     return t.data_ptr(), _DTYPES[t.dtype], tuple(t.shape), t.stride()
 
 

@@ -237,6 +237,8 @@ class Codebook(nn.Module):
             ema_update: whether codes follow the averages; None asks the constructor's.
             counts: (H, K), how many rows took each code, where that is known; of use where nothing else is learnt.
         """
+        if self.counts.device != self.cluster_size.device:  # no checkpoint that is assigned has them
+            self.counts = torch.zeros_like(self.cluster_size)
         if counts is not None and not self.writes(ema_update):
             self.counts.copy_(counts)
             return
@@ -391,5 +393,3 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*arguments)
         if not self.initted.is_meta:
             self._ready = bool(self.initted)
-        if self.counts.is_meta:  # no checkpoint has them
-            self.counts = torch.zeros_like(self.cluster_size)

@@ -135,3 +135,9 @@ def test_gumbel_straight_through_has_the_gradient_of_the_softmax() -> None:
     chances = (-torch.cdist(x, codes) / 0.5).softmax(-1)
     (naive,) = torch.autograd.grad((chances @ codes * weights).sum(), x)
     torch.testing.assert_close(gradient, naive, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"commitment_weight": 0.0}, {}], ids=str)
+def test_the_loss_of_narrow_layers_is_float32(options: dict[str, float]) -> None:
+    layer = fastvq.VectorQuantize(dim=12, codebook_size=16, orthogonal_reg_weight=0.5, **options).bfloat16()
+    assert layer(torch.randn(2, 10, 12, dtype=torch.bfloat16))[2].dtype == torch.float32

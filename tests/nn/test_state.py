@@ -120,6 +120,16 @@ def test_built_on_the_meta_device() -> None:
     assert layer.perplexity == source.perplexity > 1
 
 
+def test_counts_are_where_the_codes_are() -> None:
+    """They are in no checkpoint, which may put all else on another device."""
+    layer, twin = (pair(rotation_trick=False)[0] for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    layer._codebook.counts = layer._codebook.counts.to("meta")
+    x = torch.randn(30, DIM)
+    assert_same(step(layer, x), step(twin, x), rtol=0, atol=0)
+    assert layer.perplexity == twin.perplexity > 1
+
+
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"threshold_ema_dead_code": 3}], ids=str)
 def test_the_gradient_is_of_the_codes_that_were_used(options: dict[str, object]) -> None:
     """The codes move in place before the backward pass; two forwards before it must not disturb each other."""

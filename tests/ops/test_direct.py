@@ -1,5 +1,8 @@
 """Calls past torch's dispatcher: what they give, and who must still be told of them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compare import assert_same_bits
@@ -177,6 +180,23 @@ def test_inference_mode_and_its_tensors(dispatched):
         assert_same_bits(found.clone(), wanted)
         assert_same_bits(outside, wanted)
     assert dispatched == ["vector_quantize"]
+
+
+def test_importing_within_a_mode_changes_nothing():
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    import fastvq
+from fastvq import direct
+x = torch.randn(9, 4)
+assert direct.unobserved(x)
+with FakeTensorMode() as mode:
+    assert not direct.unobserved(mode.from_tensor(x))
+with torch.inference_mode():
+    assert not direct.unobserved(x)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_values_that_memory_does_not_hold(dispatched):

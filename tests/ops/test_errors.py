@@ -366,6 +366,9 @@ def test_state_that_overlaps_itself():
         given[position] = given[position][:1].expand(given[position].shape)
         with pytest.raises(ValueError, match=f"^{argument} must not overlap itself"):
             fastvq.ema_update_(*given, decay=0.9)
+    counts = torch.zeros(1).expand(K)
+    with pytest.raises(ValueError, match=r"^counts must not overlap itself"):
+        torch.ops.fastvq.ema_step_(*tensors[:3], counts, X, INDICES, None, 0.9, 1e-5, None)
 
 
 def test_a_refused_update_has_written_nothing(backend):

@@ -509,3 +509,19 @@ def test_the_order_of_the_cases_is_not_the_data():
     """Two cases of the grid never draw the same numbers."""
     first, second = (Case("gaussian", "float32", 5, 7, d, 0) for d in (2, 3))
     assert make(first.family, 5, 7, 2)[0].shape != make(second.family, 5, 7, 3)[0].shape
+
+
+def test_rows_of_more_dimensions_than_kernels_take(backend):
+    x, codebook = torch.randn(2, *[1] * 10, 3, 2, 5), torch.randn(7, 5)
+    books, quantized = torch.randn(2, 7, 5), fastvq.vector_quantize(x, codebook, backend=backend)[0]
+    assert torch.equal(
+        fastvq.search(x, codebook, backend=backend).flatten(),
+        fastvq.search(x.flatten(0, -2), codebook, backend=backend),
+    )
+    assert torch.equal(quantized.flatten(0, -2), fastvq.vector_quantize(x.flatten(0, -2), codebook)[0])
+    found = fastvq.search(x.mT, torch.randn(2, 7, 2), backend=backend)
+    assert found.shape == x.mT.shape[:-1]
+    by_head, values = fastvq.search(x, books, return_distance=True, backend=backend)
+    right, distances = fastvq.search(x.flatten(1, -2), books, return_distance=True, backend=backend)
+    assert torch.equal(by_head.flatten(1), right)
+    assert torch.equal(values.flatten(1), distances)
