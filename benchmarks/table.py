@@ -125,7 +125,8 @@ class Summary:
         first = self.rows[0]
         names = {"torch": "torch", "faiss": "faiss", "peer": "vector-quantize-pytorch", "fastvq": "fastvq"}
         versions = ", ".join(f"{name} {first[key]}" for key, name in names.items() if first[key])
-        return f"{first['cpu']} ({first['isa']}), {self.threads} threads, {versions}; {first['day']}."
+        days = " and ".join(sorted({row["day"] for row in self.rows}))
+        return f"{first['cpu']} ({first['isa']}), {self.threads} threads, {versions}; {days}."
 
     def operators(self) -> str:
         """What a training step is made of: times, and the rates of what moves memory beside that of a copy."""
