@@ -659,7 +659,7 @@ class VectorQuantize(nn.Module):
             if asked
         ]
         loss = functools.reduce(operator.add, weighted) if weighted else torch.zeros_like(parts["commitment"])
-        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # that of narrow codes alone is narrow
         if torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
             loss.requires_grad_()  # so that loss.backward() works on fixed features too
         return loss

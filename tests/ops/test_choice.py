@@ -1,9 +1,10 @@
-"""The choice between Triton and CUDA C++: a pure function with a reason."""
+"""Which backend serves: the choice between Triton and CUDA C++, a pure function with a reason, and what one lacks."""
 
 import pytest
 import torch
 
-from fastvq.backends import select
+import fastvq
+from fastvq.backends import reference, select
 
 BOTH = frozenset({"triton", "cuda"})
 H100 = select.Gpu("sm_90", 132)
@@ -69,3 +70,18 @@ def test_the_problem_of_each_operator():
         assert select.problem_of(operator, arguments) == select.Problem(operator, 10, 3, 7, "float32")
     state = codebook, torch.zeros(2, 3), codebook, torch.zeros(2, 3), codebook, 0.9, 1e-5
     assert select.problem_of("ema_update_", state) == select.Problem("ema_update_", 6, 3, 7, "float32")
+
+
+def test_what_a_backend_leaves_out_is_made_of_its_own_operators(monkeypatch):
+    """Not of those of the backend that would serve a call without a name."""
+    called = []
+    for served in (reference.code_sums, reference.ema_update_):
+
+        def noted(*arguments, served=served):
+            called.append(served.__name__)
+            return served(*arguments)
+
+        monkeypatch.setattr(reference, served.__name__, noted)
+    state = torch.randn(3, 7), torch.ones(3), torch.randn(3, 7)
+    fastvq.ema_step_(*state, torch.randn(5, 7), torch.zeros(5, dtype=torch.int64), decay=0.9, backend="reference")
+    assert called == ["code_sums", "ema_update_"]
