@@ -147,9 +147,9 @@ class BlockSearch {
   void count_in(SearchCounts* counts) { counts_ = counts; }
 
   // The nearest codes of a block of rows, as RowBlocks loads them, and their distances if wanted. Meanwhile the next
-  // rows and the output are fetched.
+  // rows and the output are fetched, and some of the twins compared.
   void nearest(const SearchCodes& codes, const X* const* row, int count, bool certify, bool want_value,
-               const Span& next, const Span& output, Nearest* found) {
+               const Span& next, const Span& output, Nearest* found, Twins* twins = nullptr) {
     if constexpr (std::is_same_v<X, float>) {
       if (!codes.packed) return nearest_of_few(row, count, codes.rows, certify, want_value, threads_, found);
     }
@@ -161,6 +161,7 @@ class BlockSearch {
     block.want_value = want_value;
     block.next = next;
     block.output = output;
+    block.twins = twins;
     BlockScratch scratch;
     scratch.centred = centred_.get();
     scratch.columns = columns_.get();

@@ -16,6 +16,22 @@
 #include "search_way.h"
 
 namespace fastvq {
+
+struct Kept {
+  // Where the codes lay: a new codebook at the same place takes the old one's room; of which `Unchanged` they were; and
+  // whether a call has found them again. All only under the lock.
+  mutable const void* address;
+  mutable std::uint64_t token;
+  mutable bool found = false;
+  DType dtype;
+  bool screened;
+  Buffer<char> codes;  // as they were when packed
+  std::int64_t code_bytes;
+  std::shared_ptr<const PackedCodebook> packed;
+
+  std::int64_t bytes() const { return code_bytes + packed->bytes(); }
+};
+
 namespace {
 
 // What kept codebooks may take together.
@@ -39,21 +55,6 @@ std::int64_t most_idle_bytes() {
   return most_bytes() / 8;
 }
 
-struct Kept {
-  // Where the codes lay: a new codebook at the same place takes the old one's room; of which `Unchanged` they were; and
-  // whether a call has found them again. All only under the lock.
-  mutable const void* address;
-  mutable std::uint64_t token;
-  mutable bool found = false;
-  DType dtype;
-  bool screened;
-  Buffer<char> codes;  // as they were when packed
-  std::int64_t code_bytes;
-  std::shared_ptr<const PackedCodebook> packed;
-
-  std::int64_t bytes() const { return code_bytes + packed->bytes(); }
-};
-
 thread_local std::uint64_t unchanged_token = 0;
 std::mutex mutex;
 std::list<std::shared_ptr<const Kept>> kept;  // the most recently used first
@@ -66,38 +67,27 @@ const char* row_at(const Rows& codes, std::int64_t k) {
   return static_cast<const char*>(codes.data) + codes.offset(k) * element_bytes(codes.dtype);
 }
 
+// Whether the codes lie one after another.
+bool lie_together(const Rows& codes) {
+  return codes.count == 1 || row_at(codes, 1) - row_at(codes, 0) == row_bytes(codes);
+}
+
 // Calls body(first, count, row) for runs of rows that lie one after another, none longer than kRunBytes.
 template <class Body>
 void for_each_run(const Rows& codes, int threads, const Body& body) {
   constexpr std::int64_t kRunBytes = 1 << 16;
-  const std::int64_t bytes = row_bytes(codes), rows = std::max<std::int64_t>(1, kRunBytes / bytes);
-  const bool dense = codes.count == 1 || row_at(codes, 1) - row_at(codes, 0) == bytes;
+  const std::int64_t rows = std::max<std::int64_t>(1, kRunBytes / row_bytes(codes));
+  const bool together = lie_together(codes);
   parallel((codes.count + rows - 1) / rows, threads, [&](Tasks& tasks) {
     for (std::int64_t task; tasks.next(&task);) {
       const std::int64_t first = task * rows, end = std::min(codes.count, first + rows);
-      if (dense) {
+      if (together) {
         body(first, end - first, row_at(codes, first));
       } else {
         for (std::int64_t k = first; k < end; ++k) body(k, std::int64_t{1}, row_at(codes, k));
       }
     }
   });
-}
-
-bool same_codes(const Kept& entry, const Rows& codes, int threads) {
-  const std::int64_t bytes = row_bytes(codes);
-  // Another codebook mostly differs at once: threads need not be woken for it.
-  if (std::memcmp(row_at(codes, 0), entry.codes.get(), bytes) != 0) return false;
-  std::atomic<bool> same{true};
-  // Waking the others is for the search too, which comes next.
-  constexpr std::int64_t kByteWork = 16;  // multiply-adds that reading a byte of both is worth
-  for_each_run(
-      codes, worth_threads(codes.count * bytes * kByteWork, threads),
-      [&](std::int64_t k, std::int64_t count, const char* row) {
-        if (same.load(std::memory_order_relaxed) && std::memcmp(row, entry.codes.get() + k * bytes, count * bytes) != 0)
-          same.store(false, std::memory_order_relaxed);
-      });
-  return same;
 }
 
 bool same_kind(const Kept& entry, const Rows& codes, Metric metric, bool screened) {
@@ -111,6 +101,57 @@ bool unchanged(const Kept& entry, const Rows& codes, Metric metric, bool screene
          same_kind(entry, codes, metric, screened);
 }
 
+// Whether the first and the last of the codes are those of a kept codebook: another one mostly differs there.
+bool likely(const Kept& entry, const Rows& codes, Metric metric, bool screened) {
+  const std::int64_t bytes = row_bytes(codes), last = codes.count - 1;
+  return same_kind(entry, codes, metric, screened) && std::memcmp(row_at(codes, 0), entry.codes.get(), bytes) == 0 &&
+         std::memcmp(row_at(codes, last), entry.codes.get() + last * bytes, bytes) == 0;
+}
+
+bool same_codes(const Kept& entry, const Rows& codes, int threads) {
+  constexpr std::int64_t kByteWork = 16;  // multiply-adds that reading a byte of both is worth
+  const std::int64_t bytes = row_bytes(codes);
+  std::atomic<bool> same{true};
+  // Waking the others is for the search too, which comes next.
+  for_each_run(
+      codes, worth_threads(codes.count * bytes * kByteWork, threads),
+      [&](std::int64_t k, std::int64_t count, const char* row) {
+        if (same.load(std::memory_order_relaxed) && std::memcmp(row, entry.codes.get() + k * bytes, count * bytes) != 0)
+          same.store(false, std::memory_order_relaxed);
+      });
+  return same;
+}
+
+// A call has found a kept codebook to be its own.
+void found(const Kept& entry, const Rows& codes) {
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock) return;
+  entry.found = true;
+  if (!unchanged_token) return;
+  entry.token = unchanged_token;
+  entry.address = codes.data;
+}
+
+// The kept codebooks, none while another thread holds the lock, or held it when this process was forked. Where one
+// counts as unchanged, that one alone.
+std::vector<std::shared_ptr<const Kept>> kept_of(const Rows& codes, Metric metric, bool screened) {
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock) return {};
+  for (const auto& entry : kept)
+    if (unchanged(*entry, codes, metric, screened)) return {entry};
+  return {kept.begin(), kept.end()};
+}
+
+std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, bool screened, int threads) {
+  for (const auto& entry : kept_of(codes, metric, screened)) {
+    if (unchanged(*entry, codes, metric, screened)) return entry->packed;
+    if (!likely(*entry, codes, metric, screened) || !same_codes(*entry, codes, threads)) continue;
+    found(*entry, codes);
+    return entry->packed;
+  }
+  return nullptr;
+}
+
 // Whether a few rows too should be searched in packed codes: they need not be compared, and are or can be kept.
 bool better_packed(const Rows& codes, Metric metric) {
   if (!unchanged_token) return false;
@@ -122,29 +163,6 @@ bool better_packed(const Rows& codes, Metric metric) {
     total += entry->bytes();
   }
   return total <= most_bytes();
-}
-
-std::shared_ptr<const PackedCodebook> find(const Rows& codes, Metric metric, bool screened, int threads) {
-  std::vector<std::shared_ptr<const Kept>> entries;
-  {
-    // Another thread may hold the lock, or have held it when this process was forked: then the codebook is packed anew.
-    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-    if (!lock) return nullptr;
-    for (const auto& entry : kept)
-      if (unchanged(*entry, codes, metric, screened)) return entry->packed;
-    entries.assign(kept.begin(), kept.end());
-  }
-  for (const auto& entry : entries) {
-    if (!same_kind(*entry, codes, metric, screened) || !same_codes(*entry, codes, threads)) continue;
-    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-    if (lock) entry->found = true;
-    if (unchanged_token && lock) {
-      entry->token = unchanged_token;
-      entry->address = codes.data;
-    }
-    return entry->packed;
-  }
-  return nullptr;
 }
 
 // Lets go of what was packed of a codebook at this address: it has changed, and its room is wanted.
@@ -201,6 +219,36 @@ std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric 
   auto packed = std::make_shared<const PackedCodebook>(codes, metric, screened, int8, threads);
   if (codes.step == 1) keep(codes, screened, packed, threads);
   return packed;
+}
+
+LikelyCodebook::LikelyCodebook(const Rows& codes, Metric metric, bool screened, std::int64_t row_count)
+    : codes_(codes) {
+  if (codes.step != 1 || !lie_together(codes) || unchanged_token) return;
+  if (screened && few_rows(row_count, codes, metric)) return;
+  for (const auto& entry : kept_of(codes, metric, screened)) {
+    if (entry_ && entry->address != codes.data) continue;
+    if (likely(*entry, codes, metric, screened)) entry_ = entry;
+  }
+}
+
+SearchCodes LikelyCodebook::codes() const {
+  return {codes_, entry_->packed, entry_->packed->view(codes_)};
+}
+
+Twins LikelyCodebook::twins(std::int64_t block, std::int64_t blocks) const {
+  const std::int64_t lines = entry_->code_bytes / 64, first = lines * block / blocks * 64;
+  const std::int64_t end = block + 1 == blocks ? entry_->code_bytes : lines * (block + 1) / blocks * 64;
+  return {row_at(codes_, 0) + first, entry_->codes.get() + first, end - first};
+}
+
+void LikelyCodebook::compared(const Twins& twins) {
+  if (!twins.same || std::memcmp(twins.one, twins.other, twins.bytes) != 0)
+    same_.store(false, std::memory_order_relaxed);
+}
+
+bool LikelyCodebook::found_same() const {
+  if (same_) found(*entry_, codes_);
+  return same_;
 }
 
 SearchCodes search_codes(const Rows& codes, Metric metric, bool screened, std::int64_t row_count, int threads) {

@@ -2,10 +2,12 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
 #include "codebook.h"
+#include "row_kernel.h"
 
 namespace fastvq {
 
@@ -34,5 +36,29 @@ struct SearchCodes {
   CodebookView view;
 };
 SearchCodes search_codes(const Rows& codes, Metric metric, bool screened, std::int64_t row_count, int threads);
+
+struct Kept;
+
+// A kept codebook that the codes of a search most likely are, for a search that finds out by the way; what it found of
+// other codes is of no use.
+class LikelyCodebook {
+ public:
+  LikelyCodebook(const Rows& codes, Metric metric, bool screened, std::int64_t row_count);
+
+  explicit operator bool() const { return entry_ != nullptr; }
+  SearchCodes codes() const;
+  // What block `block` of `blocks` of a search compares, and what it tells afterwards, with the rest of it.
+  Twins twins(std::int64_t block, std::int64_t blocks) const;
+  void compared(const Twins& twins);
+  // Whether nothing was found to differ so far.
+  bool same() const { return same_.load(std::memory_order_relaxed); }
+  // The same when all is compared; the cache takes note that this codebook is in use.
+  bool found_same() const;
+
+ private:
+  const Rows codes_;
+  std::shared_ptr<const Kept> entry_;
+  std::atomic<bool> same_{true};
+};
 
 }  // namespace fastvq

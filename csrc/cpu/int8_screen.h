@@ -80,7 +80,7 @@ struct Best {
 template <bool kRowBias>
 void screen_int8(const std::int32_t* codes, const std::int32_t* start, const std::int32_t* bias, std::int64_t groups,
                  std::int64_t quads, const std::int32_t* rows, IntVector row_bias, std::int32_t* maxima,
-                 std::int32_t* fours, std::int64_t first, Best* so_far, Fetch* fetch) {
+                 std::int32_t* fours, std::int64_t first, Best* so_far, Errands* errands) {
   Best best = *so_far;
   for (std::int64_t g = 0; g < groups;) {
     IntVector of_four = broadcast(kExcluded);
@@ -115,7 +115,7 @@ void screen_int8(const std::int32_t* codes, const std::int32_t* start, const std
     }
     store(fours, of_four);
     fours += kLanes;
-    if (fetch->wanted()) fetch->step();
+    if (errands->wanted()) errands->step();
     const IntVector better = of_four > best.score;
     best.score = larger(best.score, of_four);
     best.four = better ? broadcast(static_cast<std::int32_t>(first)) : best.four;
@@ -394,13 +394,13 @@ class Int8Candidates {
     const bool row_bias = quantised_.row_bias;
     const std::int32_t* start = quantised_.start;
     Best best = {broadcast(kExcluded), broadcast(-1)};
-    Fetch fetch(bounds_.block, (codebook_.groups + kFour - 1) / kFour);
+    Errands errands(bounds_.block, (codebook_.groups + kFour - 1) / kFour);
     for (std::int64_t first = 0; first < codebook_.groups; first += kScreenGroups) {
       const std::int64_t left = codebook_.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
       (row_bias ? screen_int8<true> : screen_int8<false>)(codes + first * quads * kGroup, start + first * kGroup,
                                                           codebook_.int8_bias + first * kGroup, groups, quads,
                                                           scratch_.packed, load<IntVector>(quantised_.bias), maxima_,
-                                                          scratch_.fours, first / kFour, &best, &fetch);
+                                                          scratch_.fours, first / kFour, &best, &errands);
       if (!candidates_->room_for(kLanes * kGroup) || !take(first, groups, best)) return false;
     }
     return true;

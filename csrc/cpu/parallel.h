@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -9,20 +10,44 @@
 
 namespace fastvq {
 
-// Hands out the tasks 0 .. count-1, each to one thread.
-class Tasks {
+// Hands out the tasks 0 .. count-1, each to one thread: neighbours to the same one, since memory that is read on and on
+// comes sooner, and ever fewer of them at a time, so that the threads end together.
+class TaskQueue {
  public:
-  explicit Tasks(std::int64_t count) : count_(count) {}
+  TaskQueue(std::int64_t count, int threads) : count_(count), share_(4 * std::int64_t{threads}) {}
 
-  // The next task, or false when none is left.
-  bool next(std::int64_t* task) {
-    *task = taken_.fetch_add(1, std::memory_order_relaxed);
-    return *task < count_;
+  // Takes the tasks first .. end-1; none is left when there are none.
+  void take(std::int64_t* first, std::int64_t* end) {
+    constexpr std::int64_t kMost = 16;
+    std::int64_t taken = taken_.load(std::memory_order_relaxed), run;
+    do {
+      run = std::clamp<std::int64_t>((count_ - taken) / share_, 1, kMost);
+    } while (taken < count_ && !taken_.compare_exchange_weak(taken, taken + run, std::memory_order_relaxed));
+    *first = taken;
+    *end = std::min(count_, taken + run);
   }
 
  private:
-  const std::int64_t count_;
+  const std::int64_t count_, share_;
   std::atomic<std::int64_t> taken_{0};
+};
+
+// The tasks of one thread.
+class Tasks {
+ public:
+  explicit Tasks(TaskQueue& queue) : queue_(queue) {}
+
+  // The next task, or false when none is left.
+  bool next(std::int64_t* task) {
+    if (next_ == end_) queue_.take(&next_, &end_);
+    if (next_ >= end_) return false;
+    *task = next_++;
+    return true;
+  }
+
+ private:
+  TaskQueue& queue_;
+  std::int64_t next_ = 0, end_ = 0;
 };
 
 // Runs body(argument) on up to `threads` threads, the caller's among them, and returns when all are done.
@@ -52,16 +77,17 @@ template <class Body>
 void parallel(std::int64_t count, int threads, const Body& body) {
   struct Shared {
     const Body& body;
-    Tasks tasks;
+    TaskQueue queue;
     std::mutex mutex;
     std::exception_ptr error;
-  } shared{body, Tasks(count), {}, nullptr};
+  } shared{body, {count, threads}, {}, nullptr};
   if (count <= 0) return;
   const auto entry = [](void* argument) {
     auto* s = static_cast<Shared*>(argument);
     const FloatEnvironment environment;
+    Tasks tasks(s->queue);
     try {
-      s->body(s->tasks);
+      s->body(tasks);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(s->mutex);
       s->error = std::current_exception();

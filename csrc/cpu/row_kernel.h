@@ -20,6 +20,15 @@ struct Span {
   const char* end = nullptr;
 };
 
+// Two pieces of memory, and whether they are the same as far as they have been compared. They are while codes are
+// screened, whose arithmetic leaves room for reading.
+struct Twins {
+  const char* one = nullptr;
+  const char* other = nullptr;
+  std::int64_t bytes = 0;  // left to be compared
+  bool same = true;
+};
+
 struct RowBlock {
   bool is_double = false;            // what `row` points to: double or float
   const void* const* row = nullptr;  // [lanes], each D values; those past `count` are copies of the first
@@ -28,6 +37,7 @@ struct RowBlock {
   bool want_value = false;           // fill Nearest::value
   Span next;                         // what is read when this block is done, or nothing
   Span output;                       // what is written then
+  Twins* twins = nullptr;            // what is compared by the way, all of it or some
 };
 
 // When int8 screening leaves too many candidates, the next blocks are spared the attempt, and more after each failure.

@@ -31,21 +31,29 @@ namespace {
 
 // ---- screen ----
 
-// Brings memory into the cache that is wanted after the screen, a share in each of `steps` steps: asked for at once it
-// would be waited for.
-class Fetch {
+// What is done by the way while codes are screened, a share in each of `steps` steps: memory that is wanted afterwards
+// is brought into the cache, for asked for at once it would be waited for, and twins are compared.
+class Errands {
  public:
-  Fetch(const RowBlock& block, std::int64_t steps)
+  Errands(const RowBlock& block, std::int64_t steps)
       : next_(block.next),
         output_(block.output),
+        twins_(block.twins),
         left_((next_.end - next_.begin) + (output_.end - output_.begin)),
-        share_(left_ > kFewBytes ? left_ / steps + kLine : left_) {
-    if (left_ <= kFewBytes) step();
+        share_(left_ > kFewBytes ? left_ / steps + kLine : left_),
+        twins_share_(twins_ ? (twins_->bytes / steps / kPair + 1) * kPair : 0) {
+    if (left_ <= kFewBytes) fetch();
   }
 
-  bool wanted() const { return left_ > 0; }
+  bool wanted() const { return left_ > 0 || twins_share_ > 0; }
 
   __attribute__((noinline)) void step() {
+    if (left_ > 0) fetch();
+    if (twins_share_ > 0) compare();
+  }
+
+ private:
+  void fetch() {
     left_ -= share_;
     std::int64_t bytes = share_;
     for (; bytes > 0 && output_.begin < output_.end; bytes -= kLine, output_.begin += kLine)
@@ -54,16 +62,31 @@ class Fetch {
       __builtin_prefetch(next_.begin, 0, 2);
   }
 
- private:
-  static constexpr std::int64_t kLine = 64, kFewBytes = 16 * kLine;
+  void compare() {
+    if (twins_->bytes < twins_share_) twins_share_ = twins_->bytes / kPair * kPair;
+    IntVector differ = {};
+    for (std::int64_t b = 0; b < twins_share_; b += kVector)
+      differ |= load<IntVector>(twins_->one + b) ^ load<IntVector>(twins_->other + b);
+    std::int32_t each[kLanes], any = 0;
+    store(each, differ);
+    for (std::int32_t e : each) any |= e;
+    twins_->same &= any == 0;
+    twins_->one += twins_share_;
+    twins_->other += twins_share_;
+    twins_->bytes -= twins_share_;
+  }
+
+  static constexpr std::int64_t kLine = 64, kFewBytes = 16 * kLine, kVector = sizeof(IntVector), kPair = 2 * kVector;
   Span next_, output_;
+  Twins* const twins_;
   std::int64_t left_;
   const std::int64_t share_;
+  std::int64_t twins_share_;
 };
 
 // The float32 scores of `groups` groups for the rows in the lanes; keeps the minimum of each group, returns the best.
 FloatVector screen(const float* codes, const float* bias, std::int64_t groups, std::int64_t width, const float* rows,
-                   float* minima, FloatVector best, Fetch* fetch) {
+                   float* minima, FloatVector best, Errands* errands) {
   for (std::int64_t g = 0; g < groups; ++g, codes += width * kGroup, bias += kGroup) {
     FloatVector s0 = broadcast(bias[0]), s1 = broadcast(bias[1]), s2 = broadcast(bias[2]), s3 = broadcast(bias[3]);
     FloatVector s4 = broadcast(bias[4]), s5 = broadcast(bias[5]), s6 = broadcast(bias[6]), s7 = broadcast(bias[7]);
@@ -83,7 +106,7 @@ FloatVector screen(const float* codes, const float* bias, std::int64_t groups, s
         smaller(smaller(smaller(s0, s1), smaller(s2, s3)), smaller(smaller(s4, s5), smaller(s6, s7)));
     store(minima + g * kLanes, minimum);
     best = smaller(best, minimum);
-    if (fetch->wanted()) fetch->step();
+    if (errands->wanted()) errands->step();
   }
   return best;
 }
@@ -506,11 +529,11 @@ bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const 
   FloatVector best = broadcast(kInfinity);
   GroupScores<Exact> scores(codebook, rows, candidates, exact);
   float* minima = static_cast<float*>(scratch.minima);
-  Fetch fetch(bounds.block, codebook.groups);
+  Errands errands(bounds.block, codebook.groups);
   for (std::int64_t first = 0; first < codebook.groups; first += kScreenGroups) {
     const std::int64_t left = codebook.groups - first, groups = left < kScreenGroups ? left : kScreenGroups;
     best = screen(codebook.screen + first * codebook.width * kGroup, codebook.bias + first * kGroup, groups,
-                  codebook.width, scratch.columns, minima, best, &fetch);
+                  codebook.width, scratch.columns, minima, best, &errands);
     float so_far[kLanes], limits[kLanes];
     store(so_far, best);
     bounds.thresholds(so_far, limits);

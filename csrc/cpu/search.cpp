@@ -8,10 +8,12 @@
 namespace fastvq {
 namespace {
 
+// With codes that are only likely, each block compares its share of them; once some differ, nothing more is searched.
 template <class X>
-void search_head(const Rows& x, const SearchCodes& codes, bool certify, std::int64_t* indices, const Tensor& distances,
-                 std::int64_t first_row, int threads) {
+void search_head(const Rows& x, const SearchCodes& codes, LikelyCodebook* likely, bool certify, std::int64_t* indices,
+                 const Tensor& distances, std::int64_t first_row, int threads) {
   const RowKernel& kernel = row_kernel();
+  const std::int64_t blocks_in_all = (x.count + kernel.lanes - 1) / kernel.lanes;
   parallel(row_tasks(x.count), threads, [&](Tasks& tasks) {
     RowBlocks<X> blocks(kernel, x);
     BlockSearch<X> search(kernel, x.width, codes.view.groups, threads);
@@ -19,7 +21,14 @@ void search_head(const Rows& x, const SearchCodes& codes, bool certify, std::int
     for (std::int64_t task; tasks.next(&task);) {
       for_each_block(task, x.count, kernel.lanes, [&](std::int64_t first, int count) {
         const X* const* row = blocks.load(first, count);
-        search.nearest(codes, row, count, certify, distances.data != nullptr, blocks.next(), {}, &nearest);
+        Twins twins;
+        if (likely) {
+          if (!likely->same()) return;
+          twins = likely->twins(first / kernel.lanes, blocks_in_all);
+        }
+        search.nearest(codes, row, count, certify, distances.data != nullptr, blocks.next(), {}, &nearest,
+                       likely ? &twins : nullptr);
+        if (likely) likely->compared(twins);
         for (int l = 0; l < count; ++l) {
           const std::int64_t n = first_row + first + l;
           indices[n] = nearest.index[l];
@@ -44,13 +53,18 @@ void search(const Tensor& x, const Tensor& codebook, bool heads, Metric metric, 
   for (std::int64_t h = 0; h < head_count; ++h) {
     const Rows rows = (heads ? x.select(0, h) : x).rows();
     if (rows.count == 0) return;
-    const SearchCodes codes =
-        search_codes((heads ? codebook.select(0, h) : codebook).rows(), metric, !is_double, rows.count, threads);
-    const int worth = worth_threads(rows.count * rows.width * codes.rows.count, threads);
-    dispatch_working(is_double, [&](auto* type) {
-      using X = std::remove_pointer_t<decltype(type)>;
-      search_head<X>(rows, codes, certify, indices, distances, h * rows.count, worth);
-    });
+    const Rows codes = (heads ? codebook.select(0, h) : codebook).rows();
+    const int worth = worth_threads(rows.count * rows.width * codes.count, threads);
+    const auto search_in = [&](const SearchCodes& ready, LikelyCodebook* likely) {
+      dispatch_working(is_double, [&](auto* type) {
+        using X = std::remove_pointer_t<decltype(type)>;
+        search_head<X>(rows, ready, likely, certify, indices, distances, h * rows.count, worth);
+      });
+    };
+    LikelyCodebook likely(codes, metric, !is_double, rows.count);
+    if (likely) search_in(likely.codes(), &likely);
+    if (!likely || !likely.found_same())
+      search_in(search_codes(codes, metric, !is_double, rows.count, threads), nullptr);
   }
 }
 
@@ -66,7 +80,8 @@ void search_by(Way way, const Tensor& x, const Tensor& codebook, std::int64_t* i
     ready.packed = std::make_shared<const PackedCodebook>(codes, Metric::kEuclidean, true, int8, threads);
   }
   if (ready.packed) ready.view = ready.packed->view(codes);
-  search_head<float>(rows, ready, true, indices, {}, 0, worth_threads(rows.count * rows.width * codes.count, threads));
+  search_head<float>(rows, ready, nullptr, true, indices, {}, 0,
+                     worth_threads(rows.count * rows.width * codes.count, threads));
 }
 
 SearchCounts search_counts(const Tensor& x, const Tensor& codebook, int threads) {

@@ -71,6 +71,35 @@ def test_a_changed_codebook_is_seen(change: str, size: int, width: int) -> None:
     assert torch.equal(before, fastvq.search(x, kept, backend="cpu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [20, 97, 700])
+@pytest.mark.parametrize(("size", "width"), [(37, 5), (513, 33), (1024, 64)])
+def test_one_changed_code_is_seen_wherever_it_lies(size: int, width: int, rows: int, dtype: torch.dtype) -> None:
+    """Threads compare the codes while they search, each block of rows its share."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(rows, width, generator=generator)
+    codebook = torch.randn(size, width, generator=generator).to(dtype)
+    found = fastvq.search(x, codebook, backend="cpu")
+    for code in range(1, size, max(1, size // 40)):
+        row, before = code % rows, codebook[code].clone()
+        codebook[code] = x[row]
+        assert fastvq.search(x, codebook, backend="cpu")[row] == code
+        codebook[code] = before
+        assert torch.equal(fastvq.search(x, codebook, backend="cpu"), found)
+
+
+def test_codebooks_that_begin_and_end_alike_are_told_apart() -> None:
+    """One is the likely codebook of the other's search, at an address of its own or at the same."""
+    x, codebook = _data(7, 256, 32)
+    others = [torch.cat([codebook[:1], codebook[1:-1].roll(shift, 0), codebook[-1:]]) for shift in range(4)]
+    place = torch.empty_like(codebook)
+    for _ in range(3):
+        for other in others:
+            want = fastvq.search(x, other, backend="reference")
+            assert torch.equal(fastvq.search(x, other, backend="cpu"), want)
+            assert torch.equal(fastvq.search(x, place.copy_(other), backend="cpu"), want)
+
+
 def test_a_reused_address_is_no_proof() -> None:
     """A codebook made where another one lay has the other's address, shape and version counter."""
     x, _ = _data(0, 128, 16)
