@@ -1,4 +1,4 @@
-"""Operators with a gradient, called past torch's dispatcher where nothing listens there.
+"""Operators called past torch's dispatcher where nothing listens there.
 
 The dispatcher and what it wraps round a gradient written in Python take as long as quantising a hundred rows. They
 serve whoever traces, transforms, records or wraps tensors, each of whom shows in what `unobserved` looks at. The names
@@ -7,6 +7,7 @@ with an underscore are those that torch's own Python code for operators uses.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -55,12 +56,38 @@ def unobserved(*tensors: Tensor | None) -> bool:
     return True
 
 
-class Differentiable:
-    """An operator of `torch.ops.fastvq` with a gradient, called as those are.
+class Operator:
+    """An operator of `torch.ops.fastvq` without a gradient, called as those are.
 
     Args:
         name: of the operator.
         run: its implementation below autograd, with the same arguments.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any]) -> None:
+        self._dispatched = getattr(torch.ops.fastvq, name).default
+        types = [str(argument.type) for argument in self._dispatched._schema.arguments]
+        self._tensors = tuple(i for i, kind in enumerate(types) if "Tensor" in kind)
+        self._writes = self._dispatched._schema.is_mutable
+        self.run = run
+
+    def _observed(self, arguments: tuple[Any, ...]) -> bool:
+        return torch.compiler.is_dynamo_compiling() or not unobserved(*[arguments[i] for i in self._tensors])
+
+    def __call__(self, *arguments: Any) -> Any:
+        """As the operator of torch; one that writes to its arguments does so whether or not they have a gradient."""
+        if self._observed(arguments):
+            with torch.no_grad() if self._writes else contextlib.nullcontext():
+                return self._dispatched(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.run(*arguments)
+
+
+class Differentiable(Operator):
+    """An operator with a gradient.
+
+    Args:
+        name, run: as for `Operator`.
         setup: what its gradient needs of them, as `torch.library.register_autograd` takes it.
         backward: the gradient, likewise.
     """
@@ -68,10 +95,7 @@ class Differentiable:
     def __init__(
         self, name: str, run: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
     ) -> None:
-        self._dispatched = getattr(torch.ops.fastvq, name).default
-        types = [str(argument.type) for argument in self._dispatched._schema.arguments]
-        self._tensors = tuple(i for i, kind in enumerate(types) if "Tensor" in kind)
-        self._run = run
+        super().__init__(name, run)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = run(*arguments)
@@ -79,13 +103,16 @@ class Differentiable:
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function: Any = type(f"fastvq_{name}", (torch.autograd.Function,), methods)
+        function: type[torch.autograd.Function] = type(f"fastvq_{name}", (torch.autograd.Function,), methods)
+        # Not Function's own `apply`: it looks for transforms of torch.func, which `unobserved` has seen.
+        parent: Any = super(torch.autograd.Function, function)
+        self._apply = parent.apply
 
     def __call__(self, *arguments: Any) -> Any:
         """As the operator of torch."""
-        if torch.compiler.is_compiling() or not unobserved(*[arguments[i] for i in self._tensors]):
+        if self._observed(arguments):
             return self._dispatched(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments) and not _excluded(_AUTOGRAD):
-            return self._function.apply(*arguments)
+            return self._apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run(*arguments)
+            return self.run(*arguments)

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from fastvq import ops
 
-# The overloads by name: finding them anew costs some microseconds a call.
-_search = torch.ops.fastvq.search.default
-_vector_quantize = ops.differentiable["vector_quantize"]
-_vector_quantize_counted = ops.differentiable["vector_quantize_counted"]
-_code_sums = torch.ops.fastvq.code_sums.default
-_ema_update = torch.ops.fastvq.ema_update_.default
-_ema_step = torch.ops.fastvq.ema_step_.default
-_residual_quantize = ops.differentiable["residual_quantize"]
+_search = ops.direct["search"]
+_vector_quantize = ops.direct["vector_quantize"]
+_vector_quantize_counted = ops.direct["vector_quantize_counted"]
+_code_sums = ops.direct["code_sums"]
+_ema_update = ops.direct["ema_update_"]
+_ema_step = ops.direct["ema_step_"]
+_residual_quantize = ops.direct["residual_quantize"]
 
 
 def _still(t: Tensor) -> Tensor:
@@ -145,7 +144,8 @@ def code_sums(
     ops.check_tensors(x=x, indices=indices, **_given(mask=mask))
     ops.check_integers(codebook_size=codebook_size)
     ops.check_backend(backend)
-    return _code_sums(_still(x), indices, codebook_size, mask, per_head, backend)
+    sums: tuple[Tensor, Tensor] = _code_sums(_still(x), indices, codebook_size, mask, per_head, backend)
+    return sums
 
 
 def ema_update_(
@@ -183,8 +183,7 @@ def ema_update_(
     ops.check_tensors(codebook=codebook, cluster_size=cluster_size, embed_avg=embed_avg, counts=counts, sums=sums)
     ops.check_numbers(decay=decay, eps=eps)
     ops.check_backend(backend)
-    with torch.no_grad():
-        _ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps, backend)
+    _ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps, backend)
 
 
 def ema_step_(
@@ -224,9 +223,8 @@ def ema_step_(
     ops.check_tensors(**tensors, **_given(mask=mask))
     ops.check_numbers(decay=decay, eps=eps)
     ops.check_backend(backend)
-    with torch.no_grad():
-        counts = torch.empty_like(cluster_size)
-        _ema_step(codebook, cluster_size, embed_avg, counts, x, indices, mask, decay, eps, backend)
+    counts = torch.empty_like(cluster_size)
+    _ema_step(codebook, cluster_size, embed_avg, counts, x, indices, mask, decay, eps, backend)
     return counts
 
 

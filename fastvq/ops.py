@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvq.backends import plain, select
 from fastvq.backends.reference import working_dtype
-from fastvq.direct import Differentiable
+from fastvq.direct import Differentiable, Operator
 
 METRICS = ("euclidean", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
@@ -198,8 +198,7 @@ def _check_residual(x: Tensor, codebooks: Tensor, metric: str) -> None:
 # ---- declaration ------------------------------------------------------------------------------------------------
 
 
-_run: dict[str, Callable[..., Any]] = {}  # what the dispatcher calls of each operator
-differentiable: dict[str, Differentiable] = {}  # how fastvq itself calls those that have a gradient
+direct: dict[str, Operator] = {}  # how fastvq itself calls each operator
 
 
 def _declare(schema: str, check: Any, fake: Any) -> None:
@@ -226,13 +225,13 @@ def _declare(schema: str, check: Any, fake: Any) -> None:
 
     _lib.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvq::{name}", trace, lib=_lib)
-    _run[name] = run
+    direct[name] = Operator(name, run)
 
 
 def _differentiate(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give an operator a gradient, by the two functions that `torch.library.register_autograd` takes."""
     torch.library.register_autograd(f"fastvq::{name}", backward, setup_context=setup, lib=_lib)
-    differentiable[name] = Differentiable(name, _run[name], setup, backward)
+    direct[name] = Differentiable(name, direct[name].run, setup, backward)
 
 
 # search -----------------------------------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ def _vector_quantize_grad(
         grad_loss = x.new_zeros((), dtype=working_dtype(x, codebook))
     need_x, need_codebook = ctx.needs_input_grad[:2]
     weights = ctx.commitment_weight, ctx.codebook_weight
-    grad_x, grad_codebook = differentiable["vector_quantize_backward"](
+    grad_x, grad_codebook = direct["vector_quantize_backward"](
         grad_quantized, grad_loss, x, codebook, indices, mask, *weights, need_x, need_codebook, ctx.backend
     )
     return _or_none(grad_x, need_x), _or_none(grad_codebook, need_codebook), None, None, None, None, None
@@ -451,7 +450,7 @@ def _residual_quantize_grad(
     if grad_losses is None:
         grad_losses = x.new_zeros(codebooks.shape[-3], dtype=working_dtype(x, codebooks))
     need_x, need_codebooks = ctx.needs_input_grad[:2]
-    grad_x, grad_codebooks = differentiable["residual_quantize_backward"](
+    grad_x, grad_codebooks = direct["residual_quantize_backward"](
         grad_quantized, grad_losses, x, codebooks, indices, need_x, need_codebooks, ctx.backend
     )
     return _or_none(grad_x, need_x), _or_none(grad_codebooks, need_codebooks), None, None

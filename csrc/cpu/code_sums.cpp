@@ -21,22 +21,17 @@ RowsByCode::RowsByCode(const std::int64_t* indices, const std::uint8_t* mask, st
       for (std::int64_t part; tasks.next(&part);) {
         const std::int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
         std::int64_t* const of_code = next.data() + part * codes;
-        const std::int64_t* const index = indices;
-        if (mask) {
-          for (std::int64_t n = first; n < last; ++n)
-            if (index[n] >= 0 && mask[n]) body(n, &of_code[index[n]]);
-        } else {
-          for (std::int64_t n = first; n < last; ++n)
-            if (index[n] >= 0) body(n, &of_code[index[n]]);
+        for (std::int64_t n = first; n < last; ++n) {
+          const std::int64_t k = indices[n];
+          if (k >= codes) {
+            throw std::invalid_argument("indices must be below codebook_size = " + std::to_string(codes) + "; got " +
+                                        std::to_string(k));
+          }
+          if (k >= 0 && (!mask || mask[n])) body(n, &of_code[k]);
         }
       }
     });
   };
-  for (std::int64_t n = 0; n < rows; ++n) {
-    if (indices[n] < codes) continue;
-    throw std::invalid_argument("indices must be below codebook_size = " + std::to_string(codes) + "; got " +
-                                std::to_string(indices[n]));
-  }
   for_each_row([](std::int64_t, std::int64_t* count) { ++*count; });
   std::int64_t start = 0;
   for (std::int64_t k = 0; k < codes; ++k) {
@@ -65,11 +60,11 @@ bool round_totals(const double* total, std::int64_t count, std::int64_t step, Su
   return finite;
 }
 
-// Rows that lie one after another: each code gathers its rows, which are asked for some rows ahead. Returns whether all
-// sums are finite.
+// Rows that lie one after another: each code gathers its rows, which are asked for many rows ahead, since the
+// first-level cache alone waits for too few lines at a time. Returns whether all sums are finite.
 template <class X, class Sum>
 bool sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threads) {
-  constexpr std::int64_t kAhead = 6;
+  constexpr std::int64_t kAhead = 32;
   const std::int64_t bytes = std::min<std::int64_t>(x.width * sizeof(X), 1024);
   std::atomic<bool> finite{true};
   by_code.for_each_code(threads, [&] {
@@ -79,7 +74,7 @@ bool sums_by_code(const Rows& x, const RowsByCode& by_code, Sum* sums, int threa
         const X* row = x.row<X>(*n);
         if (n + kAhead < by_code.last()) {
           const char* later = reinterpret_cast<const char*>(x.row<X>(n[kAhead]));
-          for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(later + b);
+          for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(later + b, 0, 2);
         }
         if constexpr (std::is_same_v<X, float>) {
           row_kernel().add_row(row, x.width, total.data());

@@ -27,7 +27,8 @@ _LARGE = 1 << 17  # bytes of a result from which on its memory is kept when it i
 _MAX_DIMS = 12  # of a tensor that is read where it lies; any other is copied
 
 
-_NO_DISTANCES = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_NOTHING = {dtype: torch.empty(0, dtype=dtype) for dtype in _DTYPES}  # results that nobody wants
+_NO_TENSOR = (0, 0, (), ())  # of `_pass`
 
 _unchanged: ContextVar[int] = ContextVar("fastvq_unchanged", default=0)
 
@@ -59,7 +60,7 @@ def extension() -> ModuleType:
 def _pass(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     if t.dim() > _MAX_DIMS:  # dense, as `_readable` has made it
         t = t.flatten(1, -2)
-    return t.data_ptr(), _DTYPES[t.dtype], tuple(t.shape), t.stride()
+    return t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride()
 
 
 def _readable(t: Tensor) -> Tensor:
@@ -77,11 +78,12 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor for results; a large one in memory that fastvq keeps for reuse, since fresh pages cost much."""
-    count = math.prod(shape)
-    size = count * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
+    if not shape:
+        return torch.empty((), dtype=dtype)
     if size < _LARGE:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(_kernels.Bytes(size), dtype=dtype, count=count).resize_(shape)
+        return torch.empty(*shape, dtype=dtype)  # one by one: a torch.Size takes twice as long
+    return torch.frombuffer(_kernels.Bytes(size), dtype=dtype).resize_(*shape)
 
 
 def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, prec
     indices = _empty(x.shape[:-1], torch.int64)
     dtype = working_dtype(x, codebook)
     # A view of what is there: making a tensor takes longer than some searches.
-    distances = torch.empty(x.shape[:-1], dtype=dtype) if return_distance else _NO_DISTANCES[dtype].detach()
+    distances = torch.empty(x.shape[:-1], dtype=dtype) if return_distance else _NOTHING[dtype].detach()
     _kernels.search(
         _pass(x),
         _pass(codebook),
@@ -98,7 +100,7 @@ def search(x: Tensor, codebook: Tensor, metric: str, return_distance: bool, prec
         metric != "euclidean",
         precision == "exact",
         indices.data_ptr(),
-        _pass(distances),
+        _pass(distances) if return_distance else _NO_TENSOR,
         torch.get_num_threads(),
     )
     return indices, distances
@@ -190,8 +192,8 @@ def vector_quantize_backward(
     """Gradients to x (straight-through and commitment loss) and to the codebook (codebook loss)."""
     grad_quantized, x, codebook, mask = _readable(grad_quantized), _readable(x), _readable(codebook), _dense(mask)
     indices = indices.contiguous()
-    grad_x = _empty(x.shape if need_x else (0,), x.dtype)
-    grad_codebook = _empty(codebook.shape if need_codebook else (0,), codebook.dtype)
+    grad_x = _empty(x.shape, x.dtype) if need_x else _NOTHING[x.dtype].detach()
+    grad_codebook = _empty(codebook.shape, codebook.dtype) if need_codebook else _NOTHING[codebook.dtype].detach()
     _kernels.vector_quantize_backward(
         _pass(grad_quantized),
         grad_loss.item(),
@@ -311,8 +313,8 @@ def residual_quantize_backward(
     grad_quantized, x, codebooks = _readable(grad_quantized), _readable(x), _readable(codebooks)
     losses = grad_losses.to(torch.float64).contiguous()
     indices = indices.contiguous()
-    grad_x = _empty(x.shape if need_x else (0,), x.dtype)
-    grad_codebooks = _empty(codebooks.shape if need_codebooks else (0,), codebooks.dtype)
+    grad_x = _empty(x.shape, x.dtype) if need_x else _NOTHING[x.dtype].detach()
+    grad_codebooks = _empty(codebooks.shape, codebooks.dtype) if need_codebooks else _NOTHING[codebooks.dtype].detach()
     _kernels.residual_quantize_backward(
         _pass(grad_quantized),
         losses.data_ptr(),

@@ -22,9 +22,9 @@ from fastvq.nn.straight_through import straight_through
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 T = TypeVar("T")
 
-_finite_code_sums = torch.ops.fastvq.finite_code_sums.default
-_ema_update = torch.ops.fastvq.ema_update_.default
-_ema_step = torch.ops.fastvq.ema_step_.default
+_finite_code_sums = ops.direct["finite_code_sums"]
+_ema_update = ops.direct["ema_update_"]
+_ema_step = ops.direct["ema_step_"]
 
 
 class Codebook(nn.Module):

@@ -29,7 +29,7 @@ def arguments(name, requires_grad=False):
 def dispatched(monkeypatch):
     """The names of the operators that went to the dispatcher, in order."""
     names = []
-    for name, operator in ops.differentiable.items():
+    for name, operator in ops.direct.items():
 
         def listen(*given, name=name, call=operator._dispatched):
             names.append(name)
@@ -44,7 +44,7 @@ def test_results_and_gradients_are_those_of_the_operator(name, backend, dispatch
     with fastvq.use_backend(backend):
         given = arguments(name, requires_grad=True)
         found = []
-        for call in (ops.differentiable[name], getattr(torch.ops.fastvq, name).default):
+        for call in (ops.direct[name], getattr(torch.ops.fastvq, name).default):
             outputs = call(*given)
             assert [o.requires_grad for o in outputs] == [True, False, True, False][: len(outputs)]
             total = (outputs[0] * torch.arange(4.0)).sum() + outputs[2].sum() * 3
@@ -56,9 +56,47 @@ def test_results_and_gradients_are_those_of_the_operator(name, backend, dispatch
             assert_same_bits(direct.detach(), right.detach())
 
 
+def learn(requires_grad=False):
+    """Everything that a step without a gradient finds and writes, from the public functions."""
+    generator = torch.Generator().manual_seed(0)
+    x, codebook, sums = (torch.randn(size, 4, generator=generator) for size in (9, 5, 5))
+    x.requires_grad_(requires_grad)
+    codebook.requires_grad_(requires_grad)
+    size = torch.ones(5)
+    indices = fastvq.search(x, codebook)
+    counts, found = fastvq.code_sums(x, indices, 5)
+    fresh = fastvq.ema_step_(codebook, size, sums, x, indices, decay=0.9)
+    fastvq.ema_update_(codebook, size, sums, counts, found, decay=0.5)
+    return [indices, counts, found, fresh, codebook, size, sums]
+
+
+NO_GRADIENT = ["search", "code_sums", "ema_step_", "ema_update_"]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operators_without_a_gradient(requires_grad, backend, dispatched):
+    with fastvq.use_backend(backend):
+        direct = learn(requires_grad)
+        assert dispatched == []
+        with Listening():
+            right = learn(requires_grad)
+    assert dispatched == NO_GRADIENT
+    for found, wanted in zip(direct, right, strict=True):
+        assert_same_bits(found.detach(), wanted.detach())
+        assert found.grad_fn is None
+        assert found.requires_grad == (requires_grad and found is direct[4])
+
+
+def test_transforms_of_torch_func_see_a_search(dispatched):
+    x, codebook = torch.randn(2, 9, 4), torch.randn(5, 4)
+    mapped = torch.func.vmap(lambda x: fastvq.search(x, codebook))(x)
+    assert dispatched == ["search"]
+    assert torch.equal(mapped, fastvq.search(x, codebook))
+
+
 def test_without_a_gradient_to_take_none_is_recorded(dispatched):
     x, codebook, *rest = arguments("vector_quantize", requires_grad=True)
-    quantize = ops.differentiable["vector_quantize"]
+    quantize = ops.direct["vector_quantize"]
     with torch.no_grad():
         assert not any(o.requires_grad for o in quantize(x, codebook, *rest))
     with torch._C._AutoDispatchBelowAutograd():
