@@ -40,7 +40,7 @@ PARTS = {
     "screen": r"::screen(_int8)?\b",
     "candidates": r"int8_candidates|group_scores|float_candidates|GroupScores",
     "rows": r"::(centre|quantise|transform_row|transpose_rows|move)\b",
-    "fetching": r"Fetch::step",
+    "errands": r"Errands::step",
     "codes": r"packed_codebook|PackedCodebook|::(measure|screen_codes|screen_group|quantise_codes|transform_codes)\b",
     "rest": "",
 }

@@ -19,6 +19,11 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 _chosen: ContextVar[str | None] = ContextVar("fastvq_backend", default=None)
 
+# What os.environ holds, as the system writes names: to be told by os.environ itself that a variable is not there takes
+# as long as all other checks of a call.
+_environ: Any = os.environ
+_variables, _VARIABLE = _environ._data, _environ.encodekey("FASTVQ_BACKEND")
+
 
 class BackendUnavailableError(RuntimeError):
     """The backend that was asked for by name cannot serve here; the message says what is missing."""
@@ -58,7 +63,9 @@ def requested(backend: str | None = None) -> str:
     from_context = _chosen.get()
     if from_context is not None:
         return from_context
-    return check_name(os.environ.get("FASTVQ_BACKEND") or "auto", "FASTVQ_BACKEND")
+    if _VARIABLE not in _variables:
+        return "auto"
+    return check_name(os.environ["FASTVQ_BACKEND"] or "auto", "FASTVQ_BACKEND")
 
 
 @functools.cache

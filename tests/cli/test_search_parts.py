@@ -10,7 +10,7 @@ REPORT = """
      5.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] fastvq::(anonymous namespace)::int8_candidates
      4.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] fastvq::(anonymous namespace)::group_scores
      3.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] fastvq::(anonymous namespace)::centre
-     2.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] fastvq::(anonymous namespace)::Fetch::step
+     2.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] fastvq::(anonymous namespace)::Errands::step
      1.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] fastvq::(anonymous namespace)::screen_codes
      1.00%\t_cpu.cpython-311-x86_64-linux-gnu.so\t[.] void fastvq::search_head<float>
      4.00%\tlibpython3.11.so.1.0\t[.] screen
@@ -19,7 +19,7 @@ REPORT = """
 
 def test_every_sample_has_one_part():
     found = shares(REPORT)
-    wanted = {"screen": 60, "candidates": 9, "rows": 3, "fetching": 2, "codes": 1, "rest": 1, OUTSIDE: 4}
+    wanted = {"screen": 60, "candidates": 9, "rows": 3, "errands": 2, "codes": 1, "rest": 1, OUTSIDE: 4}
     assert found == {part: pytest.approx(percent / 80) for part, percent in wanted.items()}
     assert list(found) == [*PARTS, OUTSIDE]
 
