@@ -131,7 +131,7 @@ class BlockSearch {
       : kernel_(kernel), threads_(threads) {
     const std::int64_t lanes = kernel.lanes, fours = (std::min(groups, kScreenGroups) + 3) / 4;
     const bool floats = std::is_same_v<X, float>, int8 = floats && kernel.int8;
-    const std::int64_t block = floats ? width * lanes : 0;
+    const std::int64_t block = floats ? (width + lanes - 1) / lanes * lanes * lanes : 0;
     centred_ = Buffer<float>(block);
     columns_ = Buffer<float>(block);
     minima_ = Buffer<float>(fours * 4 * lanes);

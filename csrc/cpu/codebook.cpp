@@ -157,7 +157,8 @@ void PackedCodebook::prepare_screen(int threads) {
   typical_ = view_.scale * std::sqrt((centred ? spread : square) / static_cast<double>(width));
 
   // Pass 2: the screened codes, their norms and the residuals of rounding them.
-  const bool copied = centred || view_.scale != 1 || finite != view_.size;
+  all_finite_ = finite == view_.size;
+  const bool copied = centred || view_.scale != 1 || !all_finite_;
   if (copied) screen_ = Buffer<float>(groups * width * kGroup);
   std::vector<CodeExtremes> extremes(tasks);
   for_each_group(groups, threads, [&](std::int64_t g, std::int64_t task) {
@@ -235,7 +236,9 @@ void PackedCodebook::prepare_int8(bool floats, int threads) {
   if (!(screen_largest_ / 127 > 0x1p-60f)) return;
   const float scale = choose_block(threads) / 127;
 
-  if (!floats || screen_) {  // else view() finds them
+  if (floats && view_.scale == 1 && all_finite_) {  // view() finds them
+    view_.row_mean = view_.mean;
+  } else {
     rows_ = Buffer<float>(groups * kGroup * width);
     view_.rows = rows_.get();
     view_.row_stride = width;

@@ -39,8 +39,11 @@ struct CodebookView {
   double int8_residual = 0;                        // E_8, at least max |e - s_c q|
   double bias_error = 0;                           // max ||q|^2 / 2 - 1024 a - 32 b|
   double bias_high = 0, bias_low = 0;              // max a, max |b|
-  const float* rows = nullptr;  // c~ once more, code k at rows + k * row_stride; with int8_codes only
+  // c~ once more, code k at rows + k * row_stride; with int8_codes only. Where row_mean is set, these are the codes as
+  // they lie, and it is still to be taken from them.
+  const float* rows = nullptr;
   std::int64_t row_stride = 0;
+  const float* row_mean = nullptr;
 
   double scale = 1;        // S, a power of two
   double screen_norm = 0;  // C, at least max |c~|
@@ -56,7 +59,7 @@ class PackedCodebook {
   PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads);
 
   const CodebookView& view() const { return view_; }
-  // The view for one call: codes that are screened as they are, are read one by one from where they lie.
+  // The view for one call: where c~ is c, or c - m, single codes are read from where they lie.
   CodebookView view(const Rows& codes) const;
   std::int64_t bytes() const;
 
@@ -71,6 +74,7 @@ class PackedCodebook {
   CodebookView view_;
   float screen_largest_ = 0;  // max |c~_i|
   double typical_ = 0;        // the root of the mean of c~_i^2
+  bool all_finite_ = false;
   Buffer<float> exact_float_;
   Buffer<double> exact_double_;
   Buffer<float> screen_;

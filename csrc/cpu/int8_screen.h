@@ -194,14 +194,18 @@ inline void store_bytes(std::int8_t* out, IntVector v) {
 }
 
 // out [D] = the Hadamard transform of `block` dimensions at a time; returns the largest magnitude in each lane.
+// There is room for whole vectors.
 FloatVector transform_row(const float* row, std::int64_t width, std::int64_t block, float* out) {
+  FloatVector most = {};
   for_each_vector(width, [&](std::int64_t d, int count) {
     FloatVector v = load_up_to(row + d, count);
     v = sums_and_differences<2>(sums_and_differences<1>(v));  // blocks are of four and more
     if (block > 4) v = sums_and_differences<4>(v);
     if (kLanes > 8 && block > 8) v = sums_and_differences<8>(v);
-    store_up_to(out + d, v, count);
+    store(out + d, v);
+    most = larger(most, magnitude(v));
   });
+  if (block <= kLanes) return most;
   for (std::int64_t s = kLanes; s < block; s *= 2) {
     for (std::int64_t d = 0; d < width; d += kLanes) {
       if (d & s) continue;
@@ -210,9 +214,8 @@ FloatVector transform_row(const float* row, std::int64_t width, std::int64_t blo
       store(out + d + s, a - b);
     }
   }
-  FloatVector most = {};
-  for_each_vector(width,
-                  [&](std::int64_t d, int count) { most = larger(most, magnitude(load_up_to(out + d, count))); });
+  most = FloatVector{};
+  for (std::int64_t d = 0; d < width; d += kLanes) most = larger(most, magnitude(load<FloatVector>(out + d)));
   return most;
 }
 
@@ -224,8 +227,9 @@ void quantise(const CodebookView& codebook, const ScreenedRows& screened, const 
   if (codebook.int8_block > 1) {
     FloatVector largest[kLanes];
     for (int l = 0; l < kLanes; ++l) {
-      rows.row[l] = transformed + l * width;
-      largest[l] = transform_row(screened.row[l], width, codebook.int8_block, transformed + l * width);
+      float* const out = transformed + l * whole_vectors(width);
+      rows.row[l] = out;
+      largest[l] = transform_row(screened.row[l], width, codebook.int8_block, out);
     }
     rows.largest = combine_lanes<FloatVector, IntVector, kLanes>(
         largest, [](FloatVector a, FloatVector b) { return larger(a, b); });
@@ -348,21 +352,28 @@ inline int largest_code(IntGroup scores) {
 
 // The float32 score of one code, along the dimensions. A term passes ceil(D / 8) + 4 roundings or, of the last D % 8,
 // that many and 2: never more than the D + 2 of the bound, for D of 4 and more.
+template <bool kCentre>
 float code_score(const CodebookView& codebook, const float* row, std::int64_t code) {
-  const float* c = codebook.rows + code * codebook.row_stride;
+  const float* const c = codebook.rows + code * codebook.row_stride;
+  const float* const mean = codebook.row_mean;
   const std::int64_t width = codebook.width;
+  const auto add_product = [&](GroupVector& sum, std::int64_t d) {
+    GroupVector part = load<GroupVector>(c + d);
+    if (kCentre) part -= load<GroupVector>(mean + d);
+    sum = subtract_product(sum, load<GroupVector>(row + d), part);
+  };
   GroupVector even = {}, odd = {};
   std::int64_t d = 0;
   for (; d + 2 * kGroup <= width; d += 2 * kGroup) {
-    even = subtract_product(even, load<GroupVector>(row + d), load<GroupVector>(c + d));
-    odd = subtract_product(odd, load<GroupVector>(row + d + kGroup), load<GroupVector>(c + d + kGroup));
+    add_product(even, d);
+    add_product(odd, d + kGroup);
   }
   if (d + kGroup <= width) {
-    even = subtract_product(even, load<GroupVector>(row + d), load<GroupVector>(c + d));
+    add_product(even, d);
     d += kGroup;
   }
   float rest = codebook.bias[code];
-  for (; d < width; ++d) rest -= row[d] * c[d];
+  for (; d < width; ++d) rest -= row[d] * (kCentre ? c[d] - mean[d] : c[d]);
   GroupVector sum = even + odd;
   sum += __builtin_shuffle(sum, IntGroup{4, 5, 6, 7, 0, 1, 2, 3});
   sum += __builtin_shuffle(sum, IntGroup{2, 3, 0, 1, 6, 7, 4, 5});
@@ -411,7 +422,6 @@ class Int8Candidates {
   // so that the threshold starts from a distance that is known well; the groups that reach it are gone through code by
   // code, and the codes that reach it are scored in float32.
   bool take(std::int64_t first, std::int64_t groups, const Best& best) {
-    const auto score = [&](int lane, std::int64_t code) { return code_score(codebook_, rows_.row[lane], code); };
     std::int32_t found[kLanes];
     std::int64_t group[kLanes];
     IntGroup scores[kLanes];
@@ -427,7 +437,7 @@ class Int8Candidates {
       others[l] = 0xffu & ~(1u << j);
       note(l, group[l], 1u << j);
     }
-    candidates_->score(score);
+    score();
     std::int32_t limits[kLanes];
     int8_thresholds(codebook_, bounds_, quantised_, candidates_->best(), limits);
     for (int l = 0; l < bounds_.block.count; ++l)
@@ -449,8 +459,16 @@ class Int8Candidates {
         if (!take_four(first, f + bit / kLanes, lane, limits[lane])) return false;
       }
     }
-    candidates_->score(score);
+    score();
     return true;
+  }
+
+  // The float32 scores of the codes noted since.
+  void score() { codebook_.row_mean ? score_codes<true>() : score_codes<false>(); }
+  template <bool kCentre>
+  void score_codes() {
+    candidates_->score(
+        [&](int lane, std::int64_t code) { return code_score<kCentre>(codebook_, rows_.row[lane], code); });
   }
 
   // The scores of the groups of a four for one row.

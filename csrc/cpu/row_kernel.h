@@ -55,8 +55,8 @@ struct SearchCounts {
 
 // One a thread; pointers are aligned to 64 bytes.
 struct BlockScratch {
-  float* centred = nullptr;        // [lanes][D], x~ where it is not x
-  float* columns = nullptr;        // [D][lanes], x~ for the screen in float32
+  float* centred = nullptr;        // [lanes][D up to a multiple of lanes], x~ where it is not x
+  float* columns = nullptr;        // [D][lanes], x~ for the screen in float32; as `centred`, x~ transformed for int8
   void* minima = nullptr;          // [min(groups, kScreenGroups), up to a multiple of 4][lanes], of float or int32
   std::int32_t* fours = nullptr;   // [as many fours of groups, up to a multiple of 16][lanes]; null without int8
   std::int8_t* bytes = nullptr;    // [lanes][D up to a multiple of 64]; null without int8 screening

@@ -138,12 +138,9 @@ inline void for_each_vector(std::int64_t width, const F& f) {
 inline FloatVector load_up_to(const float* p, int count) {
   return count == kLanes ? load<FloatVector>(p) : load_some(p, count);
 }
-inline void store_up_to(float* p, FloatVector v, int count) {
-  if (count == kLanes) {
-    store(p, v);
-  } else {
-    store_some(p, v, count);
-  }
+// D and the rest of the last vector. What is stored whole is there at once for a load; after a masked store that waits.
+inline std::int64_t whole_vectors(std::int64_t width) {
+  return (width + kLanes - 1) / kLanes * kLanes;
 }
 
 // out = float32((x - m) S); returns |(x - m) S - out|^2, but for the rounding of x - m to float64.
@@ -166,7 +163,7 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
   FloatVector squares[kLanes], largest[kLanes], errors[kLanes];
   double error[kLanes] = {};
   for (int l = 0; l < kLanes; ++l) {
-    float* out = centred + l * width;
+    float* out = centred + l * whole_vectors(width);
     const float* x = source[l];
     const float* const row = rows->row[l] = plain ? x : out;
     FloatVector minus = {}, most = {};
@@ -180,7 +177,7 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
         const FloatVector value = load_up_to(x + d, count), mean = load_up_to(codebook.mean + d, count);
         FloatVector difference;
         const FloatVector lost = subtract(value, mean, &difference);
-        store_up_to(out + d, difference, count);
+        store(out + d, difference);
         add(difference);
         minus_errors = subtract_product(minus_errors, lost, lost);
       });
@@ -215,8 +212,9 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
   if (!any_wild) return;
   for (int l = 0; l < kLanes; ++l) {  // never to be screened: zeros
     if (!norms->wild[l]) continue;
-    for (std::int64_t d = 0; d < width; ++d) centred[l * width + d] = 0;
-    rows->row[l] = centred + l * width;
+    float* const zeros = centred + l * whole_vectors(width);
+    for (std::int64_t d = 0; d < width; ++d) zeros[d] = 0;
+    rows->row[l] = zeros;
   }
 }
 

@@ -50,13 +50,6 @@ inline FloatVector load_some(const float* p, int count) {
   return v;
 #endif
 }
-inline void store_some(float* p, FloatVector v, int count) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
-#else
-  for (int i = 0; i < count; ++i) p[i] = v[i];
-#endif
-}
 
 inline FloatVector broadcast(float v) {
   return v - FloatVector{};

@@ -212,7 +212,7 @@ def data_part(plan: Plan) -> Iterator[list[Row]]:
                 for family in FAMILIES
                 for name, worker in workers.items()
             }
-            times = plan.interleave(turns, 5)
+            times = plan.interleave(turns, 15)
         for family in FAMILIES:
             case = family if changed else f"{family}, {UNCHANGED}"
             yield Group("data", shape, case).rows(_of(family, times), searches=1)
