@@ -174,7 +174,12 @@ class BlockSearch {
     scratch.score = score_.get();
     scratch.trial = &trial_;
     scratch.counts = counts_;
-    kernel_.nearest(codes.view, block, scratch, found);
+    if (kernel_.nearest(codes.view, block, scratch, found)) return;
+    if (twins) {  // of codes that are only likely nothing more is made
+      twins->same = false;
+      return;
+    }
+    kernel_.nearest(codes.packed->with_screen(codes.view), block, scratch, found);
   }
 
  private:

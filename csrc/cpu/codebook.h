@@ -1,7 +1,9 @@
-// A codebook packed for the kernels: groups of eight codes side by side, as they are and as they are screened.
+// A codebook packed for the kernels: groups of eight codes side by side, as they are screened, or as they are where
+// they are not.
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "memory.h"
@@ -21,10 +23,12 @@ struct CodebookView {
   Metric metric = Metric::kEuclidean;
 
   bool is_double = false;         // what `exact` points to: double or float
-  const void* exact = nullptr;    // [groups][D][8], the codes as stored
-  const float* screen = nullptr;  // [groups][D][8], c~: centred and scaled; null where screening is impossible
-  const float* bias = nullptr;    // [groups][8], |c~|^2 / 2 or 0; +inf where no code can win
-  const float* mean = nullptr;    // [D], m, or null when the codes are not centred
+  const void* exact = nullptr;    // [groups][D][8], the codes as stored; only where they are not screened
+  const float* bias = nullptr;    // [groups][8], |c~|^2 / 2 or 0; +inf where no code can win; null without screening
+  const float* screen = nullptr;  // [groups][D][8], c~: centred and scaled; with int8_codes null until somebody asks
+  const float* rows = nullptr;    // the codes that are screened as stored, code k at rows + k * row_stride
+  std::int64_t row_stride = 0;
+  const float* mean = nullptr;  // [D], m, or null when the codes are not centred
 
   // The codes once more in int8, or null. docs/certified-search.md, "Screening in int8".
   const std::int8_t* int8_codes = nullptr;   // [groups][ceil(D / 4)][8][4]
@@ -39,11 +43,6 @@ struct CodebookView {
   double int8_residual = 0;                        // E_8, at least max |e - s_c q|
   double bias_error = 0;                           // max ||q|^2 / 2 - 1024 a - 32 b|
   double bias_high = 0, bias_low = 0;              // max a, max |b|
-  // c~ once more, code k at rows + k * row_stride; with int8_codes only. Where row_mean is set, these are the codes as
-  // they lie, and it is still to be taken from them.
-  const float* rows = nullptr;
-  std::int64_t row_stride = 0;
-  const float* row_mean = nullptr;
 
   double scale = 1;        // S, a power of two
   double screen_norm = 0;  // C, at least max |c~|
@@ -54,37 +53,45 @@ constexpr std::int32_t kExcluded = -2000000000;  // a start value below every sc
 
 class PackedCodebook {
  public:
-  // codes: (K, D). Without `screened` only the exact copy is made, for rows that are float64; with `int8` the codes are
-  // packed for int8 screening too, where their values and D allow it.
-  PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, int threads);
+  // codes: (K, D). Without `screened` they are packed as they are, for rows that are float64; with `int8` for int8
+  // screening, where their values and D allow it. `copy`, if not null, gets the bytes of the codes row after row.
+  PackedCodebook(const Rows& codes, Metric metric, bool screened, bool int8, char* copy, int threads);
 
   const CodebookView& view() const { return view_; }
-  // The view for one call: where c~ is c, or c - m, single codes are read from where they lie.
+  // The view for one call; float32 codes are read from where they lie.
   CodebookView view(const Rows& codes) const;
+  // That view with `screen`, which is made by the first thread that asks for it.
+  CodebookView with_screen(const CodebookView& view) const;
   std::int64_t bytes() const;
 
  private:
   template <class T>
-  void copy_exact(const Rows& codes, T* exact, int threads) const;
-  void prepare_screen(int threads);
+  void copy_exact(const Rows& codes, T* exact, char* copy, int threads) const;
+  void lay_rows(const Rows& codes, char* copy, int threads);
+  void load(const CodebookView& view, std::int64_t group, float* out) const;
+  void load_moved(const CodebookView& view, std::int64_t group, float* out) const;
+  void prepare_screen(const Rows& codes, bool int8, char* copy, int threads);
   void exclude_copies(const std::uint32_t* hashes);
-  void prepare_int8(bool floats, int threads);  // floats: the codes lie as D floats each
+  void prepare_int8(int threads);
   float choose_block(int threads);
+  void make_screen(const CodebookView& view, int threads) const;
 
   CodebookView view_;
   float screen_largest_ = 0;  // max |c~_i|
   double typical_ = 0;        // the root of the mean of c~_i^2
-  bool all_finite_ = false;
+  bool moved_ = false;        // whether c~ is not c, or 0 where c is not finite
   Buffer<float> exact_float_;
   Buffer<double> exact_double_;
-  Buffer<float> screen_;
+  Buffer<float> rows_;  // where the codes do not lie as float32
   Buffer<float> bias_;
   Buffer<float> mean_;
-  Buffer<float> rows_;
   Buffer<std::int8_t> int8_codes_;
   Buffer<std::int32_t> int8_start_;
   Buffer<std::int32_t> int8_whole_start_;
   Buffer<std::int32_t> int8_bias_;
+  mutable Buffer<float> screen_;
+  mutable std::atomic<const float*> screen_made_{nullptr};
+  mutable std::atomic<std::int64_t> screen_maker_{0};  // the process whose thread makes it
 };
 
 }  // namespace fastvq

@@ -59,32 +59,24 @@ thread_local std::uint64_t unchanged_token = 0;
 std::mutex mutex;
 std::list<std::shared_ptr<const Kept>> kept;  // the most recently used first
 
-std::int64_t row_bytes(const Rows& codes) {
-  return codes.width * element_bytes(codes.dtype);
-}
-
-const char* row_at(const Rows& codes, std::int64_t k) {
-  return static_cast<const char*>(codes.data) + codes.offset(k) * element_bytes(codes.dtype);
-}
-
 // Whether the codes lie one after another.
 bool lie_together(const Rows& codes) {
-  return codes.count == 1 || row_at(codes, 1) - row_at(codes, 0) == row_bytes(codes);
+  return codes.count == 1 || codes.bytes_at(1) - codes.bytes_at(0) == codes.row_bytes();
 }
 
 // Calls body(first, count, row) for runs of rows that lie one after another, none longer than kRunBytes.
 template <class Body>
 void for_each_run(const Rows& codes, int threads, const Body& body) {
   constexpr std::int64_t kRunBytes = 1 << 16;
-  const std::int64_t rows = std::max<std::int64_t>(1, kRunBytes / row_bytes(codes));
+  const std::int64_t rows = std::max<std::int64_t>(1, kRunBytes / codes.row_bytes());
   const bool together = lie_together(codes);
   parallel((codes.count + rows - 1) / rows, threads, [&](Tasks& tasks) {
     for (std::int64_t task; tasks.next(&task);) {
       const std::int64_t first = task * rows, end = std::min(codes.count, first + rows);
       if (together) {
-        body(first, end - first, row_at(codes, first));
+        body(first, end - first, codes.bytes_at(first));
       } else {
-        for (std::int64_t k = first; k < end; ++k) body(k, std::int64_t{1}, row_at(codes, k));
+        for (std::int64_t k = first; k < end; ++k) body(k, std::int64_t{1}, codes.bytes_at(k));
       }
     }
   });
@@ -103,14 +95,14 @@ bool unchanged(const Kept& entry, const Rows& codes, Metric metric, bool screene
 
 // Whether the first and the last of the codes are those of a kept codebook: another one mostly differs there.
 bool likely(const Kept& entry, const Rows& codes, Metric metric, bool screened) {
-  const std::int64_t bytes = row_bytes(codes), last = codes.count - 1;
-  return same_kind(entry, codes, metric, screened) && std::memcmp(row_at(codes, 0), entry.codes.get(), bytes) == 0 &&
-         std::memcmp(row_at(codes, last), entry.codes.get() + last * bytes, bytes) == 0;
+  const std::int64_t bytes = codes.row_bytes(), last = codes.count - 1;
+  return same_kind(entry, codes, metric, screened) && std::memcmp(codes.bytes_at(0), entry.codes.get(), bytes) == 0 &&
+         std::memcmp(codes.bytes_at(last), entry.codes.get() + last * bytes, bytes) == 0;
 }
 
 bool same_codes(const Kept& entry, const Rows& codes, int threads) {
   constexpr std::int64_t kByteWork = 16;  // multiply-adds that reading a byte of both is worth
-  const std::int64_t bytes = row_bytes(codes);
+  const std::int64_t bytes = codes.row_bytes();
   std::atomic<bool> same{true};
   // Waking the others is for the search too, which comes next.
   for_each_run(
@@ -157,7 +149,7 @@ bool better_packed(const Rows& codes, Metric metric) {
   if (!unchanged_token) return false;
   const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock) return false;
-  std::int64_t total = 5 * codes.count * row_bytes(codes);  // at least what one takes
+  std::int64_t total = 2 * codes.count * codes.row_bytes();  // about what one takes
   for (const auto& entry : kept) {
     if (unchanged(*entry, codes, metric, true)) return true;
     total += entry->bytes();
@@ -171,20 +163,16 @@ void forget(const Rows& codes) {
   if (lock) kept.remove_if([&](const auto& old) { return old->address == codes.data; });
 }
 
-void keep(const Rows& codes, bool screened, const std::shared_ptr<const PackedCodebook>& packed, int threads) {
-  const std::int64_t bytes = row_bytes(codes);
-  if (codes.count * bytes + packed->bytes() > most_bytes()) return;
+void keep(const Rows& codes, bool screened, Buffer<char> copy, const std::shared_ptr<const PackedCodebook>& packed) {
+  const std::int64_t bytes = codes.count * codes.row_bytes();
+  if (bytes + packed->bytes() > most_bytes()) return;
   auto entry = std::make_shared<Kept>();
   entry->address = codes.data;
   entry->token = unchanged_token;
   entry->dtype = codes.dtype;
   entry->screened = screened;
-  entry->codes = Buffer<char>(codes.count * bytes);
-  entry->code_bytes = codes.count * bytes;
-  for_each_run(codes, worth_threads(codes.count * bytes, threads),
-               [&](std::int64_t k, std::int64_t count, const char* row) {
-                 std::memcpy(entry->codes.get() + k * bytes, row, count * bytes);
-               });
+  entry->codes = std::move(copy);
+  entry->code_bytes = bytes;
   entry->packed = packed;
   const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock) return;
@@ -216,8 +204,11 @@ std::shared_ptr<const PackedCodebook> packed_codebook(const Rows& codes, Metric 
     forget(codes);
   }
   const bool int8 = row_kernel().int8 && search_way(codes.count, codes.width).int8;
-  auto packed = std::make_shared<const PackedCodebook>(codes, metric, screened, int8, threads);
-  if (codes.step == 1) keep(codes, screened, packed, threads);
+  const std::int64_t bytes = codes.count * codes.row_bytes();
+  Buffer<char> copy;
+  if (codes.step == 1 && bytes <= most_bytes()) copy = Buffer<char>(bytes);
+  auto packed = std::make_shared<const PackedCodebook>(codes, metric, screened, int8, copy.get(), threads);
+  if (copy) keep(codes, screened, std::move(copy), packed);
   return packed;
 }
 
@@ -238,7 +229,7 @@ SearchCodes LikelyCodebook::codes() const {
 Twins LikelyCodebook::twins(std::int64_t block, std::int64_t blocks) const {
   const std::int64_t lines = entry_->code_bytes / 64, first = lines * block / blocks * 64;
   const std::int64_t end = block + 1 == blocks ? entry_->code_bytes : lines * (block + 1) / blocks * 64;
-  return {row_at(codes_, 0) + first, entry_->codes.get() + first, end - first};
+  return {codes_.bytes_at(0) + first, entry_->codes.get() + first, end - first};
 }
 
 void LikelyCodebook::compared(const Twins& twins) {

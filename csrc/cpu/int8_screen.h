@@ -352,15 +352,15 @@ inline int largest_code(IntGroup scores) {
 
 // The float32 score of one code, along the dimensions. A term passes ceil(D / 8) + 4 roundings or, of the last D % 8,
 // that many and 2: never more than the D + 2 of the bound, for D of 4 and more.
-template <bool kCentre>
+template <Moved kMoved>
 float code_score(const CodebookView& codebook, const float* row, std::int64_t code) {
   const float* const c = codebook.rows + code * codebook.row_stride;
-  const float* const mean = codebook.row_mean;
+  const float* const mean = codebook.mean;
   const std::int64_t width = codebook.width;
   const auto add_product = [&](GroupVector& sum, std::int64_t d) {
-    GroupVector part = load<GroupVector>(c + d);
-    if (kCentre) part -= load<GroupVector>(mean + d);
-    sum = subtract_product(sum, load<GroupVector>(row + d), part);
+    const GroupVector m = kMoved != Moved::kNot && mean ? load<GroupVector>(mean + d) : GroupVector{};
+    const GroupVector code = moved<kMoved>(load<GroupVector>(c + d), m, codebook.scale);
+    sum = subtract_product(sum, load<GroupVector>(row + d), code);
   };
   GroupVector even = {}, odd = {};
   std::int64_t d = 0;
@@ -373,7 +373,8 @@ float code_score(const CodebookView& codebook, const float* row, std::int64_t co
     d += kGroup;
   }
   float rest = codebook.bias[code];
-  for (; d < width; ++d) rest -= row[d] * (kCentre ? c[d] - mean[d] : c[d]);
+  for (; d < width; ++d)
+    rest -= row[d] * moved<kMoved>(c[d], kMoved != Moved::kNot && mean ? mean[d] : 0.0f, codebook.scale);
   GroupVector sum = even + odd;
   sum += __builtin_shuffle(sum, IntGroup{4, 5, 6, 7, 0, 1, 2, 3});
   sum += __builtin_shuffle(sum, IntGroup{2, 3, 0, 1, 6, 7, 4, 5});
@@ -464,11 +465,16 @@ class Int8Candidates {
   }
 
   // The float32 scores of the codes noted since.
-  void score() { codebook_.row_mean ? score_codes<true>() : score_codes<false>(); }
-  template <bool kCentre>
+  void score() {
+    const Moved by = moved_by(codebook_);
+    if (by == Moved::kScaled) return score_codes<Moved::kScaled>();
+    if (by == Moved::kCentred) return score_codes<Moved::kCentred>();
+    score_codes<Moved::kNot>();
+  }
+  template <Moved kMoved>
   void score_codes() {
     candidates_->score(
-        [&](int lane, std::int64_t code) { return code_score<kCentre>(codebook_, rows_.row[lane], code); });
+        [&](int lane, std::int64_t code) { return code_score<kMoved>(codebook_, rows_.row[lane], code); });
   }
 
   // The scores of the groups of a four for one row.

@@ -83,9 +83,6 @@ void untranspose(const float* columns, std::int64_t stride, std::int64_t width, 
 void load_codes(const float* const* rows, std::int64_t width, float* codes) {
   transpose_rows<GroupVector, GroupIndex, kGroup>(rows, width, codes);
 }
-void store_codes(const float* codes, std::int64_t width, float* rows) {
-  transpose_columns<GroupVector, GroupIndex, kGroup>(codes, kGroup, width, rows);
-}
 
 typedef std::uint32_t GroupHash __attribute__((vector_size(32)));
 
@@ -164,6 +161,41 @@ void measure(const float* codes, std::int64_t width, int count, float* bias, std
 }
 
 enum class Moved { kNot, kCentred, kScaled };  // kScaled: centred too, where there is a mean
+inline Moved moved_by(const CodebookView& codebook) {
+  if (codebook.scale != 1) return Moved::kScaled;
+  return codebook.mean ? Moved::kCentred : Moved::kNot;
+}
+template <Moved kMoved>
+inline float moved(float c, float mean, double scale) {
+  if (kMoved == Moved::kScaled) return static_cast<float>((static_cast<double>(c) - static_cast<double>(mean)) * scale);
+  return kMoved == Moved::kCentred ? c - mean : c;
+}
+template <Moved kMoved>
+inline GroupVector moved(GroupVector c, GroupVector mean, double scale) {
+  if (kMoved == Moved::kScaled) {
+    for (int j = 0; j < kGroup; ++j) c[j] = moved<kMoved>(c[j], mean[j], scale);
+    return c;
+  }
+  return kMoved == Moved::kCentred ? c - mean : c;
+}
+
+template <Moved kMoved>
+void move_group(const float* codes, const CodebookView& codebook, const float* bias, float* screened) {
+  GroupIndex keep;
+  for (int j = 0; j < kGroup; ++j) keep[j] = bias[j] == kInfinity ? 0 : -1;
+  for (std::int64_t d = 0; d < codebook.width; ++d) {
+    const GroupVector mean = (codebook.mean ? codebook.mean[d] : 0.0f) - GroupVector{};
+    const GroupVector c = moved<kMoved>(load<GroupVector>(codes + d * kGroup), mean, codebook.scale);
+    store(screened + d * kGroup, reinterpret_cast<GroupIndex>(c) & keep);
+  }
+}
+void move_codes(const float* codes, const CodebookView& codebook, const float* bias, float* screened) {
+  const Moved by = moved_by(codebook);
+  if (by == Moved::kScaled) return move_group<Moved::kScaled>(codes, codebook, bias, screened);
+  if (by == Moved::kCentred) return move_group<Moved::kCentred>(codes, codebook, bias, screened);
+  move_group<Moved::kNot>(codes, codebook, bias, screened);
+}
+
 template <Moved kMoved>
 void screen_group(const float* codes, const CodebookView& codebook, float* bias, float* screened,
                   CodeExtremes* extremes) {
@@ -217,7 +249,7 @@ void screen_group(const float* codes, const CodebookView& codebook, float* bias,
 void screen_codes(const float* codes, const CodebookView& codebook, float* bias, float* screened,
                   CodeExtremes* extremes) {
   if (!screened) return screen_group<Moved::kNot>(codes, codebook, bias, screened, extremes);
-  if (codebook.mean && codebook.scale == 1)
+  if (moved_by(codebook) == Moved::kCentred)
     return screen_group<Moved::kCentred>(codes, codebook, bias, screened, extremes);
   screen_group<Moved::kScaled>(codes, codebook, bias, screened, extremes);
 }

@@ -102,21 +102,23 @@ struct RowKernel {
   const char* name;
   int lanes;  // rows in a block
   bool int8;  // screens int8 codebooks
-  void (*nearest)(const CodebookView&, const RowBlock&, const BlockScratch&, Nearest*);
+  // False, and nothing found, where it takes CodebookView::screen, which is null.
+  bool (*nearest)(const CodebookView&, const RowBlock&, const BlockScratch&, Nearest*);
 
   // out [lanes][D] = the transpose of D columns of `lanes` floats that lie `stride` apart.
   void (*untranspose)(const float* columns, std::int64_t stride, std::int64_t width, float* out);
 
   // The packing of one group: `codes` is [D][8], and 8 rows of D contiguous floats for load_codes.
   void (*load_codes)(const float* const* rows, std::int64_t width, float* codes);
-  // The way back: rows [8][D].
-  void (*store_codes)(const float* codes, std::int64_t width, float* rows);
   // bias [8] becomes 0 for the codes that are finite, among the first `count`, and infinite for the others; hashes [8]
   // are equal for equal codes.
   void (*measure)(const float* codes, std::int64_t width, int count, float* bias, std::uint32_t* hashes,
                   CodeStatistics* statistics);
-  // screened (or null, where it would equal `codes`) = float32((codes - mean) scale), and bias = |c~|^2 / 2.
+  // screened (or null, where it would equal `codes`; or `codes`) = float32((codes - mean) scale), and bias = |c~|^2
+  // / 2.
   void (*screen)(const float* codes, const CodebookView&, float* bias, float* screened, CodeExtremes* extremes);
+  // screened once more, zeros where the bias is infinite.
+  void (*move)(const float* codes, const CodebookView&, const float* bias, float* screened);
   // out [D][8] = the Hadamard transform of `block` dimensions at a time; returns the largest magnitude.
   float (*transform)(const float* screened, std::int64_t width, std::int64_t block, float* out);
   // The int8 form of screened codes, transformed or not; see CodebookView.

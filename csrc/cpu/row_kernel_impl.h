@@ -220,17 +220,50 @@ void centre(const CodebookView& codebook, const RowBlock& block, float* centred,
 
 // ---- re-score ----
 
-// A few (row, group) pairs, gathered so that their sums run side by side.
-template <bool kDot, class X, class C>
-class Rescore {
+template <bool kDot>
+inline DoubleVector exact_term(DoubleVector x, DoubleVector c) {
+  const DoubleVector t = x - c;
+  return kDot ? x * c : t * t;
+}
+
+// The exact winner of each row, of the codes that were offered, in whatever order they came.
+template <bool kDot>
+class Winners {
  public:
-  Rescore(const CodebookView& codebook, const RowBlock& block)
-      : codebook_(codebook), rows_(reinterpret_cast<const X* const*>(block.row)) {
+  Winners() {
     for (int l = 0; l < kLanes; ++l) {
       index_[l] = -1;
       best_[l] = __builtin_inf();
     }
   }
+
+  // value: the distance or the dot product. The first of equals wins; NaN is never less, nor equal.
+  void offer(int lane, std::int64_t code, double value) {
+    const double minimised = kDot ? -value : value;
+    if (minimised < best_[lane] || (minimised == best_[lane] && code < index_[lane])) {
+      best_[lane] = minimised;
+      index_[lane] = code;
+      value_[lane] = value;
+    }
+  }
+  bool has_one(int lane) const { return index_[lane] >= 0; }
+  void give(int lane, Nearest* nearest) const {
+    nearest->index[lane] = index_[lane];
+    nearest->value[lane] = value_[lane];
+  }
+
+ private:
+  double best_[kLanes];
+  double value_[kLanes];
+  std::int64_t index_[kLanes];
+};
+
+// A few (row, group) pairs, gathered so that their sums run side by side.
+template <bool kDot, class X, class C>
+class RescoreGroups {
+ public:
+  RescoreGroups(const CodebookView& codebook, const RowBlock& block)
+      : codebook_(codebook), rows_(reinterpret_cast<const X* const*>(block.row)) {}
 
   void add(int lane, std::int64_t group) {
     lane_[pending_] = lane;
@@ -241,30 +274,31 @@ class Rescore {
   // The nearest code of a row, all its groups added; code 0, whatever its distance, when none is finite.
   void finish(int lane, Nearest* nearest) {
     flush();
-    if (index_[lane] < 0) {
-      for (int p = 0; p < kPairs; ++p) {
-        lane_[p] = lane;
-        group_[p] = 0;
-      }
-      double values[kPairs][kGroup];
-      sums(values);
-      index_[lane] = 0;
-      value_[lane] = values[0][0];
-    }
-    nearest->index[lane] = index_[lane];
-    nearest->value[lane] = value_[lane];
+    if (winners_.has_one(lane)) return winners_.give(lane, nearest);
+    add_copies(lane, 0);
+    double values[kPairs][kGroup];
+    sums(values);
+    nearest->index[lane] = 0;
+    nearest->value[lane] = values[0][0];
   }
 
  private:
+  void add_copies(int lane, std::int64_t group) {
+    for (int p = pending_; p < kPairs; ++p) {
+      lane_[p] = lane;
+      group_[p] = group;
+    }
+  }
+
   void flush() {
     if (pending_ == 0) return;
-    for (int p = pending_; p < kPairs; ++p) {
-      lane_[p] = lane_[0];
-      group_[p] = group_[0];
-    }
+    add_copies(lane_[0], group_[0]);
     double values[kPairs][kGroup];
     sums(values);
-    for (int p = 0; p < pending_; ++p) keep_smallest(lane_[p], group_[p], values[p]);
+    for (int p = 0; p < pending_; ++p) {
+      const std::int64_t first = group_[p] * kGroup, left = codebook_.size - first;
+      for (int j = 0; j < kGroup && j < left; ++j) winners_.offer(lane_[p], first + j, values[p][j]);
+    }
     pending_ = 0;
   }
 
@@ -281,48 +315,98 @@ class Rescore {
     for (std::int64_t d = 0; d < width; ++d) {
       for (int p = 0; p < kPairs; ++p) {
         const DoubleVector value = broadcast(static_cast<double>(x[p][d]));
-        for (int i = 0; i < kPieces; ++i) {
-          const DoubleVector code = load_wide(c[p] + d * kGroup + i * kWide);
-          if (kDot) {
-            total[p][i] += value * code;
-          } else {
-            const DoubleVector t = value - code;
-            total[p][i] += t * t;
-          }
-        }
+        for (int i = 0; i < kPieces; ++i)
+          total[p][i] += exact_term<kDot>(value, load_wide(c[p] + d * kGroup + i * kWide));
       }
     }
     for (int p = 0; p < kPairs; ++p)
       for (int i = 0; i < kPieces; ++i) store(values[p] + i * kWide, total[p][i]);
   }
 
-  // The first of equals, in whatever order the groups come; NaN is never less, nor equal.
-  void keep_smallest(int lane, std::int64_t group, const double values[kGroup]) {
-    const std::int64_t first = group * kGroup;
-    const int count = codebook_.size - first < kGroup ? static_cast<int>(codebook_.size - first) : kGroup;
-    for (int j = 0; j < count; ++j) {
-      const double value = kDot ? -values[j] : values[j];
-      if (value < best_[lane] || (value == best_[lane] && first + j < index_[lane])) {
-        best_[lane] = value;
-        index_[lane] = first + j;
-        value_[lane] = values[j];
-      }
-    }
-  }
-
   const CodebookView& codebook_;
   const X* const* rows_;
-  double best_[kLanes];   // what is minimised: the distance, or minus the dot product
-  double value_[kLanes];  // the distance or the dot product
-  std::int64_t index_[kLanes];
+  Winners<kDot> winners_;
   int pending_ = 0;
   int lane_[kPairs];
   std::int64_t group_[kPairs];
 };
 
+// The same for single codes of float32, of a codebook that is screened: eight (row, code) pairs side by side.
+template <bool kDot>
+class RescoreCodes {
+ public:
+  RescoreCodes(const CodebookView& codebook, const RowBlock& block)
+      : codebook_(codebook), rows_(reinterpret_cast<const float* const*>(block.row)) {}
+
+  void add(int lane, std::int64_t code) {
+    lane_[pending_] = lane;
+    code_[pending_] = code;
+    if (++pending_ == kGroup) flush();
+  }
+
+  // The nearest code of a row, all its codes added; code 0, whatever its distance, when none is finite.
+  void finish(int lane, Nearest* nearest) {
+    flush();
+    if (winners_.has_one(lane)) return winners_.give(lane, nearest);
+    add_copies(lane, 0);
+    double values[kGroup];
+    sums(values);
+    nearest->index[lane] = 0;
+    nearest->value[lane] = values[0];
+  }
+
+ private:
+  void add_copies(int lane, std::int64_t code) {
+    for (int p = pending_; p < kGroup; ++p) {
+      lane_[p] = lane;
+      code_[p] = code;
+    }
+  }
+
+  void flush() {
+    if (pending_ == 0) return;
+    add_copies(lane_[0], code_[0]);
+    double values[kGroup];
+    sums(values);
+    for (int p = 0; p < pending_; ++p) winners_.offer(lane_[p], code_[p], values[p]);
+    pending_ = 0;
+  }
+
+  void sums(double values[kGroup]) const {
+    constexpr std::int64_t kChunk = 64;  // dimensions that are turned at a time
+    const float* x[kGroup];
+    const float* c[kGroup];
+    for (int p = 0; p < kGroup; ++p) {
+      x[p] = rows_[lane_[p]];
+      c[p] = codebook_.rows + code_[p] * codebook_.row_stride;
+    }
+    DoubleVector total[kPieces] = {};
+    for (std::int64_t left = codebook_.width; left > 0; left -= kChunk) {
+      const std::int64_t count = left < kChunk ? left : kChunk;
+      float rows[kChunk * kGroup], codes[kChunk * kGroup];
+      load_codes(x, count, rows);
+      load_codes(c, count, codes);
+      for (std::int64_t i = 0; i < count * kGroup; i += kWide)
+        total[i % kGroup / kWide] += exact_term<kDot>(load_wide(rows + i), load_wide(codes + i));
+      for (int p = 0; p < kGroup; ++p) {
+        x[p] += count;
+        c[p] += count;
+      }
+    }
+    for (int i = 0; i < kPieces; ++i) store(values + i * kWide, total[i]);
+  }
+
+  const CodebookView& codebook_;
+  const float* const* rows_;
+  Winners<kDot> winners_;
+  int pending_ = 0;
+  int lane_[kGroup];
+  std::int64_t code_[kGroup];
+};
+
 template <bool kDot, class X, class C>
 void rescore_all(const CodebookView& codebook, const RowBlock& block, Nearest* nearest) {
-  Rescore<kDot, X, C> exact(codebook, block);
+  RescoreGroups<kDot, X, C> exact(codebook, block);
   for (std::int64_t g = 0; g < codebook.groups; ++g)
     for (int l = 0; l < block.count; ++l) exact.add(l, g);
   for (int l = 0; l < block.count; ++l) exact.finish(l, nearest);
@@ -372,7 +456,7 @@ class Candidates {
   // Hands every code to the exact re-score.
   template <class Exact>
   void all_exact(Exact* exact) {
-    for (int i = 0; i < count_; ++i) exact->add(scratch_.lane[i], scratch_.code[i] / kGroup);
+    for (int i = 0; i < count_; ++i) exact->add(scratch_.lane[i], scratch_.code[i]);
     count_ = scored_ = 0;
   }
 
@@ -395,7 +479,7 @@ class Candidates {
     if (all) return;
     for (int i = 0; i < count_; ++i) {
       const int lane = scratch_.lane[i];
-      if (!decided[lane] && scratch_.score[i] <= threshold[lane]) exact->add(lane, scratch_.code[i] / kGroup);
+      if (!decided[lane] && scratch_.score[i] <= threshold[lane]) exact->add(lane, scratch_.code[i]);
     }
   }
 
@@ -500,9 +584,10 @@ class GroupScores {
     for (int p = 0; p < pending_; ++p) {
       float scores[kGroup];
       store(scores, s[p]);
+      const std::int64_t first = group_[p] * kGroup;
       for (unsigned near = group_not_above(scores, limit_[p]); near; near &= near - 1) {
         const int j = __builtin_ctz(near);
-        candidates_->add(lane_[p], group_[p] * kGroup + j, scores[j]);
+        if (first + j < codebook_.size) candidates_->add(lane_[p], first + j, scores[j]);
       }
     }
     pending_ = 0;
@@ -548,20 +633,25 @@ bool float_candidates(const CodebookView& codebook, const Bounds& bounds, const 
 }
 
 template <bool kDot>
-void screened_nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch,
-                      const Certificate& certificate, Nearest* nearest) {
+bool screened_nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch,
+                      Nearest* nearest) {
+  const Certificate certificate(codebook.width, codebook.screen_norm, codebook.residual, !kDot);
+  if (!codebook.screen && scratch.trial->skip > 0) return false;
   RowNorms norms;
   ScreenedRows rows;
   centre(codebook, block, scratch.centred, &rows, &norms);
   const Bounds bounds{certificate, norms, block, !kDot};
-  Rescore<kDot, float, float> exact(codebook, block);
+  RescoreCodes<kDot> exact(codebook, block);
   Candidates candidates(scratch);
   bool decided[kLanes] = {};
-  bool spilled = false;
+  bool spilled = false, screened = false;
 #if defined(FASTVQ_INT8)
-  if (!codebook.int8_codes || !int8_candidates(codebook, bounds, rows, scratch, &candidates))
+  screened = codebook.int8_codes && int8_candidates(codebook, bounds, rows, scratch, &candidates);
 #endif
+  if (!screened) {
+    if (!codebook.screen) return false;
     spilled = float_candidates(codebook, bounds, rows.row, scratch, &candidates, &exact);
+  }
   if (spilled) {
     candidates.all_exact(&exact);
   } else {
@@ -577,18 +667,19 @@ void screened_nearest(const CodebookView& codebook, const RowBlock& block, const
   }
   for (int l = 0; l < block.count; ++l)
     if (!decided[l]) exact.finish(l, nearest);
+  return true;
 }
 
 template <bool kDot>
-void nearest_with(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch, Nearest* nearest) {
+bool nearest_with(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch, Nearest* nearest) {
+  if (codebook.bias && !block.is_double) return screened_nearest<kDot>(codebook, block, scratch, nearest);
   if (block.is_double) {
-    return codebook.is_double ? rescore_all<kDot, double, double>(codebook, block, nearest)
-                              : rescore_all<kDot, double, float>(codebook, block, nearest);
+    (codebook.is_double ? rescore_all<kDot, double, double> : rescore_all<kDot, double, float>)(codebook, block,
+                                                                                                nearest);
+  } else {
+    (codebook.is_double ? rescore_all<kDot, float, double> : rescore_all<kDot, float, float>)(codebook, block, nearest);
   }
-  if (codebook.is_double) return rescore_all<kDot, float, double>(codebook, block, nearest);
-  const Certificate certificate(codebook.width, codebook.screen_norm, codebook.residual, !kDot);
-  if (!codebook.screen || !certificate.usable) return rescore_all<kDot, float, float>(codebook, block, nearest);
-  screened_nearest<kDot>(codebook, block, scratch, certificate, nearest);
+  return true;
 }
 
 // ---- a few rows ----
@@ -638,14 +729,15 @@ float scan(const float* codes, std::int64_t stride, std::int64_t count, std::int
   return smallest(least);
 }
 
-void nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch, Nearest* found) {
-  if (scratch.counts) {  // all are looked at again in float64, until the screen takes some away
+bool nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch, Nearest* found) {
+  const bool done = codebook.metric == Metric::kDot ? nearest_with<true>(codebook, block, scratch, found)
+                                                    : nearest_with<false>(codebook, block, scratch, found);
+  if (done && scratch.counts) {  // those that the screen has not taken away are looked at again in float64
     scratch.counts->rows += block.count;
     scratch.counts->open += block.count;
     scratch.counts->exact += block.count;
   }
-  if (codebook.metric == Metric::kDot) return nearest_with<true>(codebook, block, scratch, found);
-  nearest_with<false>(codebook, block, scratch, found);
+  return done;
 }
 
 }  // namespace
@@ -670,9 +762,9 @@ const RowKernel FASTVQ_KERNEL(FASTVQ_ISA) = {FASTVQ_STRING(FASTVQ_ISA),
                                              nearest,
                                              untranspose,
                                              load_codes,
-                                             store_codes,
                                              measure,
                                              screen_codes,
+                                             move_codes,
                                              kTransformCodes,
                                              kQuantiseCodes,
                                              scan,

@@ -77,7 +77,7 @@ void search_by(Way way, const Tensor& x, const Tensor& codebook, std::int64_t* i
     ready.packed = packed_codebook(codes, Metric::kEuclidean, true, threads);
   } else if (way != Way::kFew) {
     const bool int8 = way == Way::kInt8 && row_kernel().int8;
-    ready.packed = std::make_shared<const PackedCodebook>(codes, Metric::kEuclidean, true, int8, threads);
+    ready.packed = std::make_shared<const PackedCodebook>(codes, Metric::kEuclidean, true, int8, nullptr, threads);
   }
   if (ready.packed) ready.view = ready.packed->view(codes);
   search_head<float>(rows, ready, nullptr, true, indices, {}, 0,

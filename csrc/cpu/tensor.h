@@ -109,6 +109,16 @@ struct Rows {
     return static_cast<T*>(data) + offset(n);
   }
 
+  std::int64_t row_bytes() const { return width * element_bytes(dtype); }
+  const char* bytes_at(std::int64_t n) const {
+    return static_cast<const char*>(data) + offset(n) * element_bytes(dtype);
+  }
+  // Rows whose elements lie side by side, to where they belong in `out`, which has all rows one after another.
+  void copy_bytes(std::int64_t first, std::int64_t count, char* out) const {
+    const std::int64_t bytes = row_bytes();
+    for (std::int64_t n = first; n < first + count; ++n) std::memcpy(out + n * bytes, bytes_at(n), bytes);
+  }
+
   // out[i] = row first + i, for i below `count`.
   template <class T>
   void rows_from(std::int64_t first, int count, const T** out) const {
