@@ -226,19 +226,114 @@ inline DoubleVector exact_term(DoubleVector x, DoubleVector c) {
   return kDot ? x * c : t * t;
 }
 
-// The exact winner of each row, of the codes that were offered, in whatever order they came.
+// The sums of a few (row, group) pairs, which run side by side.
+template <bool kDot, class X, class C>
+struct GroupSums {
+  static constexpr int kTogether = kPairs, kCodes = kGroup;
+
+  static void of(const CodebookView& codebook, const X* const (&x)[kTogether], const std::int64_t (&group)[kTogether],
+                 double (&values)[kTogether][kCodes]) {
+    const C* c[kTogether];
+    for (int p = 0; p < kTogether; ++p)
+      c[p] = static_cast<const C*>(codebook.exact) + group[p] * codebook.width * kGroup;
+    DoubleVector total[kTogether][kPieces] = {};
+    for (std::int64_t d = 0; d < codebook.width; ++d) {
+      for (int p = 0; p < kTogether; ++p) {
+        const DoubleVector value = broadcast(static_cast<double>(x[p][d]));
+        for (int i = 0; i < kPieces; ++i)
+          total[p][i] += exact_term<kDot>(value, load_wide(c[p] + d * kGroup + i * kWide));
+      }
+    }
+    for (int p = 0; p < kTogether; ++p)
+      for (int i = 0; i < kPieces; ++i) store(values[p] + i * kWide, total[p][i]);
+  }
+};
+
+// The same of (row, code) pairs, for codes that are screened and lie as rows.
 template <bool kDot>
-class Winners {
+struct CodeSums {
+  static constexpr int kTogether = kGroup, kCodes = 1;
+
+  static void of(const CodebookView& codebook, const float* const (&x)[kTogether],
+                 const std::int64_t (&code)[kTogether], double (&values)[kTogether][kCodes]) {
+    constexpr std::int64_t kChunk = 64;  // dimensions that are turned at a time
+    DoubleVector total[kPieces] = {};
+    for (std::int64_t d = 0; d < codebook.width; d += kChunk) {
+      const std::int64_t left = codebook.width - d, count = left < kChunk ? left : kChunk;
+      const float *row[kTogether], *c[kTogether];
+      for (int p = 0; p < kTogether; ++p) {
+        row[p] = x[p] + d;
+        c[p] = codebook.rows + code[p] * codebook.row_stride + d;
+      }
+      float rows[kChunk * kGroup], codes[kChunk * kGroup];
+      load_codes(row, count, rows);
+      load_codes(c, count, codes);
+      for (std::int64_t i = 0; i < count * kGroup; i += kWide)
+        total[i % kGroup / kWide] += exact_term<kDot>(load_wide(rows + i), load_wide(codes + i));
+    }
+    for (int i = 0; i < kPieces; ++i) store(&values[0][0] + i * kWide, total[i]);
+  }
+};
+
+// The exact winner of each row, of the groups or codes that are added to it, in whatever order they come.
+template <bool kDot, class X, class Sums>
+class Rescore {
  public:
-  Winners() {
+  Rescore(const CodebookView& codebook, const RowBlock& block)
+      : codebook_(codebook), rows_(reinterpret_cast<const X* const*>(block.row)) {
     for (int l = 0; l < kLanes; ++l) {
       index_[l] = -1;
       best_[l] = __builtin_inf();
     }
   }
 
-  // value: the distance or the dot product. The first of equals wins; NaN is never less, nor equal.
-  void offer(int lane, std::int64_t code, double value) {
+  // item: the number of a group or a code.
+  void add(int lane, std::int64_t item) {
+    lane_[pending_] = lane;
+    item_[pending_] = item;
+    if (++pending_ == Sums::kTogether) flush();
+  }
+
+  // The nearest code of a row, all that it has added; code 0, whatever its distance, when none is finite.
+  void finish(int lane, Nearest* nearest) {
+    flush();
+    if (index_[lane] < 0) {
+      double values[Sums::kTogether][Sums::kCodes];
+      sums(lane, 0, values);
+      index_[lane] = 0;
+      value_[lane] = values[0][0];
+    }
+    nearest->index[lane] = index_[lane];
+    nearest->value[lane] = value_[lane];
+  }
+
+ private:
+  void flush() {
+    if (pending_ == 0) return;
+    double values[Sums::kTogether][Sums::kCodes];
+    const int count = pending_;
+    sums(lane_[0], item_[0], values);
+    for (int p = 0; p < count; ++p) {
+      const std::int64_t first = item_[p] * Sums::kCodes, left = codebook_.size - first;
+      for (int j = 0; j < Sums::kCodes && j < left; ++j) keep_smallest(lane_[p], first + j, values[p][j]);
+    }
+  }
+
+  // The contract: float64, terms in order, each operation rounded on its own. Of what is pending, then of one more item
+  // as often as there is room.
+  void sums(int lane, std::int64_t item, double (&values)[Sums::kTogether][Sums::kCodes]) {
+    for (int p = pending_; p < Sums::kTogether; ++p) {
+      lane_[p] = lane;
+      item_[p] = item;
+    }
+    const X* x[Sums::kTogether];
+    for (int p = 0; p < Sums::kTogether; ++p) x[p] = rows_[lane_[p]];
+    Sums::of(codebook_, x, item_, values);
+    pending_ = 0;
+  }
+
+  // The first of equals; NaN is never less, nor equal.
+  void keep_smallest(int lane, std::int64_t code, double value) {
     const double minimised = kDot ? -value : value;
     if (minimised < best_[lane] || (minimised == best_[lane] && code < index_[lane])) {
       best_[lane] = minimised;
@@ -246,167 +341,20 @@ class Winners {
       value_[lane] = value;
     }
   }
-  bool has_one(int lane) const { return index_[lane] >= 0; }
-  void give(int lane, Nearest* nearest) const {
-    nearest->index[lane] = index_[lane];
-    nearest->value[lane] = value_[lane];
-  }
-
- private:
-  double best_[kLanes];
-  double value_[kLanes];
-  std::int64_t index_[kLanes];
-};
-
-// A few (row, group) pairs, gathered so that their sums run side by side.
-template <bool kDot, class X, class C>
-class RescoreGroups {
- public:
-  RescoreGroups(const CodebookView& codebook, const RowBlock& block)
-      : codebook_(codebook), rows_(reinterpret_cast<const X* const*>(block.row)) {}
-
-  void add(int lane, std::int64_t group) {
-    lane_[pending_] = lane;
-    group_[pending_] = group;
-    if (++pending_ == kPairs) flush();
-  }
-
-  // The nearest code of a row, all its groups added; code 0, whatever its distance, when none is finite.
-  void finish(int lane, Nearest* nearest) {
-    flush();
-    if (winners_.has_one(lane)) return winners_.give(lane, nearest);
-    add_copies(lane, 0);
-    double values[kPairs][kGroup];
-    sums(values);
-    nearest->index[lane] = 0;
-    nearest->value[lane] = values[0][0];
-  }
-
- private:
-  void add_copies(int lane, std::int64_t group) {
-    for (int p = pending_; p < kPairs; ++p) {
-      lane_[p] = lane;
-      group_[p] = group;
-    }
-  }
-
-  void flush() {
-    if (pending_ == 0) return;
-    add_copies(lane_[0], group_[0]);
-    double values[kPairs][kGroup];
-    sums(values);
-    for (int p = 0; p < pending_; ++p) {
-      const std::int64_t first = group_[p] * kGroup, left = codebook_.size - first;
-      for (int j = 0; j < kGroup && j < left; ++j) winners_.offer(lane_[p], first + j, values[p][j]);
-    }
-    pending_ = 0;
-  }
-
-  // The contract: float64, terms in order, each operation rounded on its own.
-  void sums(double values[kPairs][kGroup]) const {
-    const std::int64_t width = codebook_.width;
-    const X* x[kPairs];
-    const C* c[kPairs];
-    for (int p = 0; p < kPairs; ++p) {
-      x[p] = rows_[lane_[p]];
-      c[p] = static_cast<const C*>(codebook_.exact) + group_[p] * width * kGroup;
-    }
-    DoubleVector total[kPairs][kPieces] = {};
-    for (std::int64_t d = 0; d < width; ++d) {
-      for (int p = 0; p < kPairs; ++p) {
-        const DoubleVector value = broadcast(static_cast<double>(x[p][d]));
-        for (int i = 0; i < kPieces; ++i)
-          total[p][i] += exact_term<kDot>(value, load_wide(c[p] + d * kGroup + i * kWide));
-      }
-    }
-    for (int p = 0; p < kPairs; ++p)
-      for (int i = 0; i < kPieces; ++i) store(values[p] + i * kWide, total[p][i]);
-  }
 
   const CodebookView& codebook_;
   const X* const* rows_;
-  Winners<kDot> winners_;
+  double best_[kLanes];   // what is minimised: the distance, or minus the dot product
+  double value_[kLanes];  // the distance or the dot product
+  std::int64_t index_[kLanes];
   int pending_ = 0;
-  int lane_[kPairs];
-  std::int64_t group_[kPairs];
-};
-
-// The same for single codes of float32, of a codebook that is screened: eight (row, code) pairs side by side.
-template <bool kDot>
-class RescoreCodes {
- public:
-  RescoreCodes(const CodebookView& codebook, const RowBlock& block)
-      : codebook_(codebook), rows_(reinterpret_cast<const float* const*>(block.row)) {}
-
-  void add(int lane, std::int64_t code) {
-    lane_[pending_] = lane;
-    code_[pending_] = code;
-    if (++pending_ == kGroup) flush();
-  }
-
-  // The nearest code of a row, all its codes added; code 0, whatever its distance, when none is finite.
-  void finish(int lane, Nearest* nearest) {
-    flush();
-    if (winners_.has_one(lane)) return winners_.give(lane, nearest);
-    add_copies(lane, 0);
-    double values[kGroup];
-    sums(values);
-    nearest->index[lane] = 0;
-    nearest->value[lane] = values[0];
-  }
-
- private:
-  void add_copies(int lane, std::int64_t code) {
-    for (int p = pending_; p < kGroup; ++p) {
-      lane_[p] = lane;
-      code_[p] = code;
-    }
-  }
-
-  void flush() {
-    if (pending_ == 0) return;
-    add_copies(lane_[0], code_[0]);
-    double values[kGroup];
-    sums(values);
-    for (int p = 0; p < pending_; ++p) winners_.offer(lane_[p], code_[p], values[p]);
-    pending_ = 0;
-  }
-
-  void sums(double values[kGroup]) const {
-    constexpr std::int64_t kChunk = 64;  // dimensions that are turned at a time
-    const float* x[kGroup];
-    const float* c[kGroup];
-    for (int p = 0; p < kGroup; ++p) {
-      x[p] = rows_[lane_[p]];
-      c[p] = codebook_.rows + code_[p] * codebook_.row_stride;
-    }
-    DoubleVector total[kPieces] = {};
-    for (std::int64_t left = codebook_.width; left > 0; left -= kChunk) {
-      const std::int64_t count = left < kChunk ? left : kChunk;
-      float rows[kChunk * kGroup], codes[kChunk * kGroup];
-      load_codes(x, count, rows);
-      load_codes(c, count, codes);
-      for (std::int64_t i = 0; i < count * kGroup; i += kWide)
-        total[i % kGroup / kWide] += exact_term<kDot>(load_wide(rows + i), load_wide(codes + i));
-      for (int p = 0; p < kGroup; ++p) {
-        x[p] += count;
-        c[p] += count;
-      }
-    }
-    for (int i = 0; i < kPieces; ++i) store(values + i * kWide, total[i]);
-  }
-
-  const CodebookView& codebook_;
-  const float* const* rows_;
-  Winners<kDot> winners_;
-  int pending_ = 0;
-  int lane_[kGroup];
-  std::int64_t code_[kGroup];
+  int lane_[Sums::kTogether];
+  std::int64_t item_[Sums::kTogether];
 };
 
 template <bool kDot, class X, class C>
 void rescore_all(const CodebookView& codebook, const RowBlock& block, Nearest* nearest) {
-  RescoreGroups<kDot, X, C> exact(codebook, block);
+  Rescore<kDot, X, GroupSums<kDot, X, C>> exact(codebook, block);
   for (std::int64_t g = 0; g < codebook.groups; ++g)
     for (int l = 0; l < block.count; ++l) exact.add(l, g);
   for (int l = 0; l < block.count; ++l) exact.finish(l, nearest);
@@ -641,7 +589,7 @@ bool screened_nearest(const CodebookView& codebook, const RowBlock& block, const
   ScreenedRows rows;
   centre(codebook, block, scratch.centred, &rows, &norms);
   const Bounds bounds{certificate, norms, block, !kDot};
-  RescoreCodes<kDot> exact(codebook, block);
+  Rescore<kDot, float, CodeSums<kDot>> exact(codebook, block);
   Candidates candidates(scratch);
   bool decided[kLanes] = {};
   bool spilled = false, screened = false;
