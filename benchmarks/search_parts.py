@@ -41,7 +41,7 @@ PARTS = {
     "candidates": r"int8_candidates|group_scores|float_candidates|GroupScores",
     "rows": r"::(centre|quantise|transform_row|transpose_rows|move)\b",
     "errands": r"Errands::step",
-    "codes": r"packed_codebook|PackedCodebook|::(measure|screen_codes|screen_group|quantise_codes|transform_codes)\b",
+    "codes": r"packed_codebook|PackedCodebook|::(measure|(screen|move)_(codes|group)|(quantise|transform)_codes)\b",
     "rest": "",
 }
 OUTSIDE = "outside"  # Python, torch, the kernel of the system

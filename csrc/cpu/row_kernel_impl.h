@@ -584,7 +584,7 @@ template <bool kDot>
 bool screened_nearest(const CodebookView& codebook, const RowBlock& block, const BlockScratch& scratch,
                       Nearest* nearest) {
   const Certificate certificate(codebook.width, codebook.screen_norm, codebook.residual, !kDot);
-  if (!codebook.screen && scratch.trial->skip > 0) return false;
+  if (!codebook.screen && scratch.trial->skip > 0) return false;  // before any work: int8 is not tried
   RowNorms norms;
   ScreenedRows rows;
   centre(codebook, block, scratch.centred, &rows, &norms);
